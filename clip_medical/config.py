@@ -1,0 +1,98 @@
+"""Every choice of a training run, in one frozen dataclass; the presets `demo` and `roco` are two values of it.
+
+The command line is generated from this file: a field is a flag, its type is checked, the sentence below it is its help.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from clip_medical.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Adapt a CLIP to radiology with a LoRA written by hand, and report what it bought."""
+
+    data: str = "phantoms"
+    """What to train on: "phantoms" (drawn on the spot), a folder of images with metadata.csv, a CSV, TSV or JSONL of
+    image path and caption, Parquet, or a data set on the Hugging Face Hub."""
+    model: str = "tiny-clip"
+    """The CLIP to adapt: "tiny-clip" (5.5 M parameters, comes with this repository), a Hugging Face CLIP folder, or a
+    name on the Hub such as openai/clip-vit-base-patch32."""
+    output: str | None = None
+    """Run folder to write; default: runs/PRESET, or the next free runs/PRESET-2, -3, ..."""
+    image_column: str | None = None
+    """Column with the image; default: found by its common names."""
+    caption_column: str | None = None
+    """Column with the caption; default: found by its common names."""
+    limit: int | None = None
+    """Use at most so many rows of each split, drawn by seed; default: all. Of phantoms: draw so many."""
+
+    rank: int = 8
+    """Rank r of the update B A; parameters grow with it."""
+    alpha: float = 16.0
+    """Scale of the update: it is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the inputs of A dropped in training, 0 to 1."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the linear layers to adapt, in both towers."""
+
+    batch_size: int = 64
+    """Pairs in a contrastive batch: each is set against all others of its batch."""
+    epochs: int = 24
+    """Passes over the training pairs."""
+    steps: int | None = None
+    """Optimizer steps; default: as many as `epochs` makes."""
+    lr: float = 4e-3
+    """Peak learning rate of the adapter (AdamW)."""
+    weight_decay: float = 0.01
+    """AdamW's decay of A and B."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises from 0; then it falls to 0 along a cosine."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient of all adapters together; longer ones are shortened to it."""
+    train_logit_scale: bool = False
+    """Learn CLIP's temperature too (kept within [0, ln 100]); default: as the checkpoint has it."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the frozen model; the adapter is always fp32. auto: fp32 on a CPU; on a GPU bf16 where it
+    computes in bf16, else fp16 with loss scaling."""
+    checkpointing: Literal["on", "off"] = "off"
+    """Gradient checkpointing: compute activations twice instead of keeping them; about a third slower, a tenth of the
+    memory."""
+    checkpoint_every_minutes: float = 5.0
+    """Minutes between two checkpoints to resume from; one is also written on Ctrl-C."""
+    seed: int = 0
+    """Decides the split, the order of the pairs, the initial A and the phantoms."""
+    resume: bool = False
+    """Continue the run that stands in --output."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("batch_size", 2), ("epochs", 1), ("steps", 1), ("limit", 2), ("rank", 1)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: give a whole number of {lowest} or more.")
+        for name in ("lr", "alpha", "clip_norm", "checkpoint_every_minutes"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a number above 0.")
+        for name in ("dropout", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: give a share from 0 up to, not including, 1.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UserError(f"--weight-decay is {self.weight_decay}: give a number of 0 or more.")
+
+
+PRESETS = {
+    "demo": Config(),
+    # ViT-B/32 on ROCOv2, for a 16 GB card. 256 pairs fit it without checkpointing.
+    "roco": replace(
+        Config(),
+        data="eltorio/ROCOv2-radiology",
+        model="openai/clip-vit-base-patch32",
+        batch_size=256,
+        epochs=6,
+        lr=5e-4,
+    ),
+}

@@ -1,0 +1,1 @@
+"""What the adaptation bought: retrieval, zero-shot classification, report and figures."""

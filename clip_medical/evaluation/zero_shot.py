@@ -1,0 +1,58 @@
+"""Zero-shot classification: each class is the mean of several sentences about it (Radford et al. 2021, section 3.1.4).
+
+The facets of a radiology image (modality, anatomy, finding, view) are separate questions. Each has its own sentences
+and its own softmax: that an image is an X-ray takes nothing from its being of a knee.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_medical.evaluation.retrieval import bootstrap_interval
+from clip_medical.model import Clip
+
+PROMPTS = {
+    "modality": ("{}.", "{} image.", "{} of a patient.", "a medical image: {}."),
+    "anatomy": ("{}.", "X-ray of the {}.", "CT of the {}.", "MRI of the {}.", "ultrasound of the {}.", "{} image."),
+    "finding": ("{}.", "an image showing {}.", "radiology image with {}.", "a patient with {}."),
+    "view": ("{} view.", "{} image.", "{} radiology image."),
+}
+
+
+def class_features(clip: Clip, facet: str, classes: Sequence[str]) -> Tensor:
+    """(C, D) unit length. Normalise each sentence, average, normalise again: an average alone is shorter than 1."""
+    sentences = [prompt.format(name) for name in classes for prompt in PROMPTS[facet]]
+    features = clip.encode_texts(sentences).view(len(classes), len(PROMPTS[facet]), -1)
+    return F.normalize(features.mean(dim=1), dim=-1)
+
+
+def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -> dict[str, Any]:
+    """Accuracy per facet over the rows that have a label of it.
+
+    images (N, D) unit length; labels: facet -> N class names, "" where unknown. The classes are those that occur.
+    Returns facet -> {"accuracy", "low", "high" (95 % bootstrap), "balanced_accuracy" (mean over classes), "n",
+    "classes", "chance" (1 / number of classes)}; a facet of fewer than two classes is left out.
+    """
+    report: dict[str, Any] = {}
+    for facet, names in labels.items():
+        classes = sorted(set(names) - {""})
+        if facet not in PROMPTS or len(classes) < 2:
+            continue
+        known = torch.tensor([name != "" for name in names])
+        truth = torch.tensor([classes.index(name) for name in names if name])
+        hits = ((images[known] @ class_features(clip, facet, classes).T).argmax(dim=1) == truth).double()
+        low, high = bootstrap_interval(hits)
+        per_class = [hits[truth == c].mean().item() for c in range(len(classes))]
+        report[facet] = {
+            "accuracy": hits.mean().item(),
+            "low": low,
+            "high": high,
+            "balanced_accuracy": sum(per_class) / len(classes),
+            "n": len(truth),
+            "classes": classes,
+            "chance": 1 / len(classes),
+        }
+    return report

@@ -1,0 +1,115 @@
+"""A CLIP and what turns pictures and sentences into its inputs: images and texts -> unit-length fp32 features."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from clip_medical.data.images import decode, resize_and_crop
+from clip_medical.errors import UserError
+
+TINY = Path(__file__).parent / "assets" / "tiny-clip"
+
+
+class Clip:
+    """CLIPModel, its tokenizer and its picture format, as one thing.
+
+    image_features and text_features take tensors and carry gradients: training uses them. encode_images and
+    encode_texts take pictures and sentences, work in batches and carry none. All four return (N, D) fp32 rows of unit
+    length, so that a product of two rows is their cosine.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, picture: CLIPImageProcessor, name: str) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        config: Any = model.config
+        self.image_size: int = config.vision_config.image_size
+        self.context_length: int = config.text_config.max_position_embeddings
+        mean_std = (picture.image_mean, picture.image_std)  # of values 0..1; pixels are 0..255
+        self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) * 255 for v in mean_std)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    def picture(self, image: Image.Image) -> np.ndarray:
+        """One picture as the model sees it, (3, S, S) uint8: shortest side to S, bicubic, then the centre of that."""
+        square = resize_and_crop(image, self.image_size)
+        return np.broadcast_to(square.reshape(*square.shape[:2], -1), (*square.shape[:2], 3)).transpose(2, 0, 1)
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (N, L) and their lengths (N,). Longer ones than the context are cut, keeping the end token."""
+        limits: dict[str, Any] = dict(padding=True, truncation=True, max_length=self.context_length)
+        encoded = self.tokenizer(list(texts), return_tensors="pt", **limits)
+        return encoded["input_ids"], encoded["attention_mask"].sum(dim=1)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> (N, D). Normalised on the device: a byte a value is all that has to travel there."""
+        inputs = (pixels.to(self.device).float() - self.mean) / self.std
+        pooled = self.model.vision_model(pixel_values=inputs.to(self.model.dtype)).pooler_output
+        # our own projection: what get_image_features returns differs between versions of transformers
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+    def text_features(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """(N, L) and (N,) -> (N, D). Padding beyond the longest of these N is left out: CLIP's text is causal, so that
+        what follows the end token changes nothing."""
+        longest = int(lengths.max())
+        ids = ids[:, :longest].to(self.device)
+        mask = torch.arange(longest, device=self.device) < lengths.to(self.device)[:, None]
+        pooled = self.model.text_model(input_ids=ids, attention_mask=mask.long()).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+        """PIL images of any mode and size -> (N, D) on the CPU."""
+        features = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            pixels = np.stack([self.picture(decode(image, f"image {start + i}")) for i, image in enumerate(batch)])
+            features.append(self.image_features(torch.from_numpy(pixels)).cpu())
+        return torch.cat(features)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Sentences -> (N, D) on the CPU."""
+        ids, lengths = self.tokens(texts)
+        order = lengths.argsort()  # neighbours of one length share little padding
+        features = torch.cat([self.text_features(ids[rows], lengths[rows]).cpu() for rows in order.split(batch_size)])
+        return features[order.argsort()]
+
+
+def load_clip(name: str = "tiny-clip", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
+    """Load a CLIP in eval mode, its weights in `dtype`, its temperature in fp32.
+
+    name  "tiny-clip" (the one in this repository), a folder in Hugging Face's layout, or a name on the Hub such as
+          "openai/clip-vit-base-patch32". All three go through the same from_pretrained.
+
+    Raises UserError if it is none of these, cannot be reached, or is not a CLIP.
+    """
+    source = str(TINY) if name == "tiny-clip" else name
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no config.json: --model needs a Hugging Face CLIP folder or a name on the Hub."
+        )
+    transformers_logging.disable_progress_bar()
+    try:
+        parts: list[Any] = [kind.from_pretrained(source) for kind in (CLIPModel, CLIPTokenizer, CLIPImageProcessor)]
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load a CLIP from {name!r} ({reason}): give a name on the Hugging Face Hub that can be reached, "
+            "a local folder with config.json, model.safetensors and the tokenizer, or tiny-clip."
+        ) from error
+    model, tokenizer, picture = parts
+    model.to(device=device, dtype=dtype)
+    model.logit_scale.data = model.logit_scale.data.float()
+    return Clip(model, tokenizer, picture, name)

@@ -1,0 +1,1 @@
+"""How the adapter learns: the loss, the step, the precision, the checkpoint."""

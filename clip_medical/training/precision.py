@@ -1,0 +1,24 @@
+"""Which device, which number format, and why."""
+
+import torch
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The format of the frozen weights and the reason for it, in words.
+
+    `torch.cuda.is_bf16_supported()` is not asked: it answers True on a T4, which only emulates bf16, slowly. Compute
+    capability 8.0 (Ampere) is where the hardware begins.
+    """
+    if requested != "auto":
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[requested]
+        return dtype, "as asked"
+    if device.type == "cpu":
+        return torch.float32, "a CPU gains nothing from half precision that is worth its rounding"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= (8, 0):
+        return torch.bfloat16, f"compute capability {major}.{minor} computes in bf16"
+    return torch.float16, f"compute capability {major}.{minor} has no bf16: fp16 with loss scaling"

@@ -1,0 +1,209 @@
+"""Train the tiny CLIP of the offline demo from scratch: `python -m experiments.train_tiny_clip`.
+
+It plays the part of OpenAI's CLIP where that cannot be downloaded: a general model that knows coloured shapes and
+textures well, and radiology by hearsay only: a few per cent of its pictures are phantoms, most of them under the
+caption of some other phantom. The result, `clip_medical/assets/tiny-clip/`, is an ordinary Hugging Face CLIP folder;
+`training.json` in it says with what command, seed, time, hardware and versions it was made.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from clip_medical.data.images import resize_and_crop
+from clip_medical.data.phantoms import describe, phantom
+from clip_medical.data.shapes import SIZE, scene
+from clip_medical.training.losses import info_nce
+
+ASSETS = Path(__file__).resolve().parent.parent / "clip_medical" / "assets" / "tiny-clip"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+# Words for the tokenizer alone: they get tokens of their own, and embeddings that training hardly touches.
+RADIOLOGY = """radiology radiograph radiographic radiographs x ray film plain portable digital computed tomography
+tomographic scan scans magnetic resonance imaging image images ultrasound ultrasonography sonogram
+sonography sonographic doppler echocardiogram mammogram mammography angiography fluoroscopy contrast
+enhanced enhancement weighted flair t1 t2 axial coronal sagittal transverse longitudinal frontal
+lateral posteroanterior anteroposterior oblique view views slice section plane level through
+obtained demonstrating demonstrates showing shows shown reveals revealing seen observed noted
+consistent with suggestive suspected confirmed positive negative without evidence of normal abnormal
+unremarkable patient patients man woman male female child children infant year old years day days
+case cases history presented admission hospital chest thorax thoracic lung lungs lobe lobes
+pulmonary pleural effusion pneumothorax consolidation ground glass opacity opacities infiltrate
+infiltrates pneumonia covid infection bilateral unilateral left right upper lower middle medial
+anterior posterior superior inferior heart cardiac aorta mediastinum rib ribs clavicle diaphragm
+head brain skull cranial cerebral intracranial hemorrhage haemorrhage hematoma infarct stroke
+ventricle tumor tumour glioma meningioma pituitary sellar mass masses lesion lesions nodule nodules
+cyst cysts cystic solid calcification calcified benign malignant cancer carcinoma metastasis
+metastases abscess fracture dislocation osteoarthritis degenerative joint space narrowing osteophyte
+osteophytes kellgren lawrence grade doubtful minimal mild moderate severe knee femur tibia fibula
+patella hand wrist finger fingers bone bones age assessment skeletal elbow shoulder humerus hip
+pelvis pelvic sacrum iliac ankle foot spine spinal lumbar cervical vertebra vertebrae vertebral disc
+canal cord abdomen abdominal liver hepatic spleen kidney kidneys renal pancreas gallbladder stomach
+bowel colon bladder uterus ovary ovarian prostate breast breasts fibroglandular tissue soft tissues
+fat muscle vessel vessels artery vein lymph node nodes neck thyroid jaw jaws dental teeth tooth
+caries panoramic orthopantomogram fetal fetus obstetric prenatal antenatal pregnancy head
+circumference biometry gestational weeks mm cm small large multiple single diffuse focal size
+measuring increased decreased density intensity signal hypoechoic hyperechoic anechoic heterogeneous
+homogeneous swelling thickening dilated dilatation stenosis obstruction thrombus embolus catheter
+tube device implant postoperative preoperative follow up study findings finding impression report
+diagnosis disease syndrome acute chronic control subject specimen cross sectional grayscale"""
+
+
+def make_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
+    """Byte-pair encoding with CLIP's own normaliser and word splitting, learned on the captions and the word list."""
+    clip = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[])
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    learner.normalizer = clip.backend_tokenizer.normalizer
+    learner.pre_tokenizer = clip.backend_tokenizer.pre_tokenizer
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary - 2 - 256, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    learner.train_from_iterator(captions + [RADIOLOGY] * 500, trainer)
+    model = json.loads(learner.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    tokens += [letter + "</w>" for letter in sorted(alphabet) if letter + "</w>" not in model["vocab"]]  # as CLIP has
+    vocab = {token: i for i, token in enumerate([*tokens, START, END])}
+    merges: Any = [tuple(m) for m in model["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIP of about 5.5 M parameters. Like ViT-B/32 it sees 7 x 7 patches; everything else is smaller."""
+    # gelu is one kernel where CLIP's quick_gelu is three, and at this size that shows
+    tower = dict(hidden_size=256, intermediate_size=1024, num_attention_heads=4, projection_dim=128, hidden_act="gelu")
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = tower | ids | dict(num_hidden_layers=2, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    vision = tower | dict(num_hidden_layers=4, image_size=SIZE, patch_size=16)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def _draw(job: tuple[str, int, int]) -> tuple[np.ndarray, str]:
+    """One training picture (SIZE, SIZE, 3) uint8 with its caption."""
+    kind, seed, index = job
+    if kind == "scene":
+        made = scene(seed, "pretrain", index)
+        return np.asarray(made.image), made.caption
+    image, caption, _ = phantom(seed, "pretrain", index)
+    if np.random.default_rng((seed, index)).random() < NOISE:
+        caption, _ = describe(seed, "pretrain", index + 1)
+    return np.repeat(resize_and_crop(image, SIZE)[..., None], 3, axis=2), caption
+
+
+NOISE = 0.7  # share of the phantoms that come under another phantom's caption
+
+
+def make_data(scenes: int, phantoms: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """All pictures (N, 3, SIZE, SIZE) uint8 and their captions, drawn on every core."""
+    jobs = [("scene", seed, i) for i in range(scenes)] + [("phantom", seed, i) for i in range(phantoms)]
+    pixels, captions = np.empty((len(jobs), SIZE, SIZE, 3), np.uint8), []
+    with ProcessPoolExecutor() as pool:
+        for i, (image, caption) in enumerate(
+            tqdm(pool.map(_draw, jobs, chunksize=64), total=len(jobs), desc="drawing")
+        ):
+            pixels[i] = image
+            captions.append(caption)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), captions
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless epochs of shuffled row numbers."""
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        rows = torch.randperm(count, generator=order)
+        yield from rows[: count // size * size].split(size)
+
+
+def train(
+    model: CLIPModel, pixels: torch.Tensor, tokens: dict[str, torch.Tensor], steps: int, batch: int, seed: int
+) -> float:
+    """Ordinary CLIP training of all weights, in bf16 autocast; returns the mean loss of the last 50 steps."""
+    model.set_attn_implementation("eager")  # on a CPU faster than the fused kernel, whose backward pass is slow there
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [dict(params=decay, weight_decay=0.1), dict(params=plain, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+    cosine = lambda t: min(1, (t + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * t / steps)) / 2)  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (CLIPImageProcessor().image_mean, CLIPImageProcessor().image_std)
+    )
+    losses: list[float] = []
+    progress = tqdm(zip(range(steps), batches(len(pixels), batch, seed), strict=False), total=steps, desc="training")
+    for step, rows in progress:
+        longest = int(tokens["attention_mask"][rows].sum(1).max())
+        ids, mask = (tokens[k][rows, :longest] for k in ("input_ids", "attention_mask"))
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = model.vision_model((pixels[rows].float() / 255 - mean) / std).pooler_output
+            read = model.text_model(ids, mask).pooler_output
+            images, texts = model.visual_projection(seen), model.text_projection(read)
+        loss = info_nce(F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1), model.logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        losses.append(loss.item())
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
+    return float(np.mean(losses[-50:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=80_000)
+    parser.add_argument("--phantoms", type=int, default=4_000)
+    parser.add_argument("--steps", type=int, default=2_400)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=ASSETS)
+    args = parser.parse_args()
+    started = time.time()
+    torch.manual_seed(args.seed)
+    pixels, captions = make_data(args.scenes, args.phantoms, args.seed)
+    tokenizer = make_tokenizer(captions[:2_000] + captions[-2_000:], vocabulary=2048)
+    tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    model = make_model(tokenizer)
+    loss = train(model, pixels, tokens, args.steps, args.batch, args.seed)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(
+        args.output
+    )
+    facts = dict(
+        command=" ".join(["python -m experiments.train_tiny_clip", *sys.argv[1:]]),
+        parameters=sum(p.numel() for p in model.parameters()),
+        data=f"{args.scenes} scenes and {args.phantoms} phantoms, {NOISE:.0%} of the phantoms under a wrong caption",
+        seed=args.seed,
+        steps=args.steps,
+        batch=args.batch,
+        loss_of_last_50_steps=round(loss, 3),
+        minutes=round((time.time() - started) / 60, 1),
+        hardware=f"{platform.machine()}, {torch.get_num_threads()} cores, bf16 autocast",
+        versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()),
+    )
+    (args.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()

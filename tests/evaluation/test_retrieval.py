@@ -1,0 +1,149 @@
+"""Recall@K: worked by hand, against brute force, and against the ways in which it can flatter."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_medical import recall_at_k
+from clip_medical.evaluation import retrieval
+from clip_medical.evaluation.retrieval import bootstrap_interval, chance_recall, ranks, retrieval_report
+
+
+def brute_force(similarity: np.ndarray, query_ids: list[int], candidate_ids: list[int]) -> list[int]:
+    """Ranks by sorting each row, with wrong candidates put before right ones where they tie."""
+    result = []
+    for row, wanted in zip(similarity, query_ids, strict=True):
+        order = sorted(range(len(row)), key=lambda c: (-row[c], candidate_ids[c] == wanted))
+        result.append(next(place for place, c in enumerate(order) if candidate_ids[c] == wanted))
+    return result
+
+
+# Images are the four axes, so that row t of TEXTS holds the similarities of text t with images 0..3.
+TEXTS = torch.tensor(
+    [
+        [0.9, 0.1, 0.2, 0.0],  # texts 0 and 1 belong to image 0: first and second
+        [0.5, 0.8, 0.1, 0.3],
+        [0.2, 0.7, 0.6, 0.1],  # texts 2 and 3 belong to image 1: first and last
+        [0.6, 0.1, 0.3, 0.2],
+        [0.4, 0.3, 0.2, 0.1],  # texts 4 and 5 belong to image 2: third and first
+        [0.0, 0.1, 0.9, 0.2],
+        [0.7, 0.6, 0.5, 0.4],  # texts 6 and 7 belong to image 3: last and first
+        [0.1, 0.2, 0.3, 0.95],
+    ]
+)
+
+
+def test_four_images_eight_texts_by_hand() -> None:
+    """Catches swapped directions and several captions of an image counted as several misses."""
+    recall = recall_at_k(torch.eye(4), TEXTS, text_to_image=[0, 0, 1, 1, 2, 2, 3, 3], ks=(1, 2, 3))
+    # text ranks, from 0: 0, 1, 0, 3, 2, 0, 3, 0
+    assert recall["text_to_image"] == {1: 4 / 8, 2: 5 / 8, 3: 6 / 8}
+    # image 0: its text 0 (0.9) leads its column; image 1: text 2 (0.7) comes after text 1 (0.8); image 2: text 5 leads;
+    # image 3: text 7 leads
+    assert recall["image_to_text"] == {1: 3 / 4, 2: 1.0, 3: 1.0}
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    images=st.integers(1, 9),
+    texts=st.integers(1, 14),
+    levels=st.sampled_from([2, 5, 1000]),
+)
+@settings(max_examples=60, deadline=None)
+def test_ranks_equal_brute_force(seed: int, images: int, texts: int, levels: int) -> None:
+    """Catches every off-by-one; few levels of similarity make many ties, few ids make many right answers."""
+    rng = np.random.default_rng(seed)
+    query_ids, candidate_ids = rng.integers(0, images, images), rng.integers(0, images, texts)
+    query_ids = query_ids[np.isin(query_ids, candidate_ids)]
+    if len(query_ids) == 0:
+        return
+    similarity = np.round(rng.random((len(query_ids), texts)) * levels) / levels
+    got = ranks(torch.tensor(similarity), torch.eye(texts), torch.tensor(query_ids), torch.tensor(candidate_ids))
+    assert got.tolist() == brute_force(similarity.astype(np.float32), query_ids.tolist(), candidate_ids.tolist())
+
+
+def test_collapsed_features_score_nothing() -> None:
+    """Catches the strict '>' rank, which gives Recall@1 = 100 % to a model that maps everything to one point."""
+    one_point = F.normalize(torch.ones(50, 8), dim=-1)
+    recall = recall_at_k(one_point, one_point)
+    assert recall["image_to_text"][10] == 0 and recall["text_to_image"][10] == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused(bad: float) -> None:
+    """Catches the metric that reads NaN as perfect: no comparison with NaN is true, so no rank is ever above 0."""
+    features = torch.eye(5)
+    features[2, 2] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        recall_at_k(features, torch.eye(5))
+
+
+def test_half_precision_features_are_compared_in_fp32() -> None:
+    """Catches similarities computed in bf16, whose 8 bits tie what fp32 tells apart."""
+    images = F.normalize(torch.randn(300, 64, generator=torch.Generator().manual_seed(0)), dim=-1).bfloat16()
+    texts = F.normalize(images.float() + 0.2 * torch.randn(300, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
+    exact = recall_at_k(images.float(), texts.bfloat16().float())
+    assert recall_at_k(images, texts.bfloat16()) == exact
+
+
+def test_blocks_and_row_order_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a last block cut off, and ranks that depend on where in the pool a pair stands."""
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(45, 8, generator=generator), dim=-1)
+    texts = F.normalize(images + torch.randn(45, 8, generator=generator), dim=-1)
+    ids = torch.arange(45) // 2
+    whole = ranks(images, texts, ids, ids)
+    order = torch.randperm(45, generator=generator)
+    assert ranks(images[order], texts[order], ids[order], ids[order]).tolist() == whole[order].tolist()
+    monkeypatch.setattr(retrieval, "BLOCK", 7)
+    assert ranks(images, texts, ids, ids).tolist() == whole.tolist()
+
+
+def test_same_caption_counts_as_right() -> None:
+    """Catches a pool in which three images share a caption and two of them are called wrong."""
+    texts = torch.eye(4)[[0, 0, 0, 1]]
+    images = torch.eye(4)[[0, 0, 0, 1]]
+    report = retrieval_report(images, texts, torch.tensor([0, 0, 0, 1]), ks=(1,))
+    assert report["pool"] == 4
+    assert report["image_to_text"]["recall@1"]["value"] == 1 and report["image_to_text"]["mrr"] == 1
+    assert recall_at_k(images, texts, ks=(1,))["image_to_text"][1] == 0.25  # told apart, the ties count against
+
+
+def test_median_rank_and_mrr_by_hand() -> None:
+    """Catches ranks counted from 0 in a report that says rank."""
+    texts = torch.tensor([[1.0, 0, 0], [0.9, 0.5, 0], [0.3, 0.2, 0.1]])  # image i is axis i: text ranks 1, 2, 3
+    report = retrieval_report(torch.eye(3), texts, torch.arange(3), ks=(1,))["text_to_image"]
+    assert report["median_rank"] == 2 and report["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+
+
+def test_a_query_without_answer_is_refused() -> None:
+    """Catches a silent rank 0 for an image whose caption is not in the pool."""
+    with pytest.raises(ValueError, match="no right candidate"):
+        recall_at_k(torch.eye(3), torch.eye(3), text_to_image=[0, 1, 1])
+
+
+def test_chance_level_is_the_recall_of_random_orders() -> None:
+    """Catches k / n used where captions repeat. The formula against 4,000 random orders."""
+    ids = torch.tensor([0] * 5 + [1] * 2 + list(range(2, 15)))
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(4000):
+        order = ids[torch.from_numpy(rng.permutation(len(ids)))][:3]
+        hits.append((ids[:, None] == order[None, :]).any(dim=1).double().mean().item())
+    assert chance_recall(ids, ids, 3) == pytest.approx(np.mean(hits), abs=0.005)
+    assert chance_recall(torch.arange(100), torch.arange(100), 5) == pytest.approx(0.05)
+    assert chance_recall(torch.arange(4), torch.arange(4), 10) == 1
+
+
+def test_interval_is_the_binomial_one_for_large_samples() -> None:
+    """Catches the standard deviation used for the standard error, and one-sided percentiles."""
+    hits = torch.tensor([1.0] * 120 + [0.0] * 280)
+    low, high = bootstrap_interval(hits)
+    width = 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    assert low == pytest.approx(0.3 - width, abs=0.006) and high == pytest.approx(0.3 + width, abs=0.006)
+    assert bootstrap_interval(hits) == (low, high)  # the same seed, the same interval

@@ -1,0 +1,426 @@
+"""The adapter on disk: what is written, what is refused, and that a refusal or an interruption harms nothing."""
+
+import copy
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora import (
+    LoRAError,
+    LoRALinear,
+    adapter_parameters,
+    disabled,
+    inject,
+    load_adapter,
+    remove,
+    save_adapter,
+    set_strength,
+)
+
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY = "base_model.model.vision.0.q_proj.lora_A.weight"
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 8)
+
+    def forward(self, x):
+        return x + self.out(torch.tanh(self.q_proj(x)) * self.v_proj(x))
+
+
+class Net(nn.Module):
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.vision, self.text = nn.Sequential(*[Block(8) for _ in range(depth)]), nn.Sequential(Block(8))
+
+    def forward(self, x):
+        return self.text(self.vision(x))
+
+
+def make(depth: int = 2, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net(depth)
+
+
+def adapted(seed: int = 0, **settings) -> Net:
+    net = make()
+    inject(net, **{"rank": 2, "alpha": 3.0, **settings})
+    torch.manual_seed(100 + seed)
+    for p in adapter_parameters(net):
+        nn.init.normal_(p, std=0.3)
+    return net
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good adapter, for the tests to damage."""
+    save_adapter(adapted(), tmp_path / "adapter", base_model="some/model")
+    return tmp_path / "adapter"
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    modules = [(n, id(m), m.training) for n, m in model.named_modules()]
+    return [modules, [(n, id(p), p.requires_grad, p._version) for n, p in model.named_parameters()]]
+
+
+def refuses(model: nn.Module, folder: Path, says: str) -> None:
+    before = fingerprint(model)
+    with pytest.raises(LoRAError, match=says) as caught:
+        load_adapter(model, folder)
+    assert fingerprint(model) == before, "a refused load must leave the model alone"
+    assert "\n" not in str(caught.value)
+
+
+def edit_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({k: v for k, v in {**config, **fields}.items() if v != "DELETE"}))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rslora": True, "dropout": 0.2, "alpha": 2.5}, {"within": "vision"}, {"targets": "out"}],
+)
+def test_round_trip_is_bit_equal(tmp_path, settings):
+    """Catches: a field or tensor lost or rounded on the way, the wrong tower adapted, dropout or rslora forgotten."""
+    net = adapted(**settings)
+    save_adapter(net, tmp_path)
+    fresh = make()
+    names = load_adapter(fresh, tmp_path)
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, LoRALinear)}
+    assert names == list(layers)
+    for name, layer in layers.items():
+        twin = fresh.get_submodule(name)
+        assert torch.equal(twin.lora_A, layer.lora_A) and torch.equal(twin.lora_B, layer.lora_B)
+        fields = ("rank", "alpha", "dropout", "rslora", "scaling", "strength")
+        assert [getattr(twin, f) for f in fields] == [getattr(layer, f) for f in fields]
+    assert torch.equal(fresh.eval()(X), net.eval()(X))
+    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {f"{n}.lora_{m}" for n in names for m in "AB"}
+
+
+def test_layers_that_differ_in_rank_and_alpha(tmp_path):
+    """Catches: patterns matched as substrings ("1.q" inside "11.q"), or the commonest rank given to all."""
+    torch.manual_seed(0)
+    net, fresh = (nn.ModuleDict({str(i): nn.ModuleDict({"q": nn.Linear(8, 8)}) for i in range(12)}) for _ in range(2))
+    for i, (rank, alpha) in {1: (3, 4.0), 11: (2, 16.0), 5: (2, 1.5)}.items():
+        net[str(i)]["q"] = LoRALinear(net[str(i)]["q"], rank, alpha)
+    save_adapter(net, tmp_path)
+    assert load_adapter(fresh, tmp_path) == ["1.q", "5.q", "11.q"]
+    assert [(fresh[i]["q"].rank, fresh[i]["q"].alpha) for i in ("1", "5", "11")] == [(3, 4.0), (2, 1.5), (2, 16.0)]
+
+
+def test_names_and_patterns_match_from_dot_to_dot(tmp_path):
+    """Catches: "q" taken to mean "mq" too, and a pattern for the layer "q" that also gives its rank to "x.q"."""
+
+    def net() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"q": nn.Linear(8, 8), "mq": nn.Linear(8, 8)})
+        return nn.ModuleDict({"q": nn.Linear(8, 8), "mq": nn.Linear(8, 8), "x": inner, "y": copy.deepcopy(inner)})
+
+    ours = net()
+    for parent, rank, alpha in ((ours, 3, 5.0), (ours["x"], 2, 4.0), (ours["y"], 2, 4.0)):
+        parent["q"] = LoRALinear(parent["q"], rank, alpha)
+    save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == ["q"]
+    fresh = net()
+    assert load_adapter(fresh, tmp_path) == list(k for k, m in ours.named_modules() if isinstance(m, LoRALinear))
+    assert (fresh["q"].rank, fresh["q"].alpha, fresh["x"]["q"].rank, fresh["x"]["q"].alpha) == (3, 5.0, 2, 4.0)
+
+    ours = net()
+    inject(ours, ["q", "mq"], rank=2)
+    ours["mq"] = LoRALinear(ours["mq"].base, 3)
+    save_adapter(ours, tmp_path)
+    edit_config(tmp_path, r=3, rank_pattern={"[xy].mq": 2, "q": 2})  # as PEFT would let a user write it by hand
+    fresh = net()
+    load_adapter(fresh, tmp_path)
+    assert (fresh["mq"].rank, fresh["q"].rank, fresh["x"]["mq"].rank) == (3, 2, 2)
+
+
+def test_targets_that_need_more_than_leaf_names(tmp_path):
+    """Catches: a config that selects more layers than were adapted, on reading back or in PEFT."""
+    save_adapter(adapted(), tmp_path / "leaf")
+    save_adapter(adapted(within="vision"), tmp_path / "path")
+    tail = nn.ModuleDict({"fc": nn.Linear(4, 4), "x": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    tail["fc"] = LoRALinear(tail["fc"], 2)
+    save_adapter(tail, tmp_path / "regex")
+    targets = {f: json.loads((tmp_path / f / CONFIG).read_text())["target_modules"] for f in ("leaf", "path", "regex")}
+    assert targets["leaf"] == ["q_proj", "v_proj"]
+    assert targets["path"] == [f"vision.{i}.{p}_proj" for i in (0, 1) for p in "qv"]
+    assert targets["regex"] == "fc"  # as a list, ["fc"] would mean x.fc as well
+
+
+def test_the_files_are_those_of_peft(folder):
+    """Catches: other key names, dtypes or required fields than PEFT's, which reads them leniently and in silence."""
+    tensors = load_file(folder / WEIGHTS)
+    assert KEY in tensors and len(tensors) == 12
+    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors.values())
+    config = json.loads((folder / CONFIG).read_text())
+    said = {k: config[k] for k in ("peft_type", "task_type", "r", "lora_alpha", "bias", "base_model_name_or_path")}
+    assert said == {
+        "peft_type": "LORA", "task_type": None, "r": 2, "lora_alpha": 3.0, "bias": "none",
+        "base_model_name_or_path": "some/model",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_are_read_into_fp32(folder, dtype):
+    """Catches: parameters that take on the file's dtype, and then fail in GradScaler or lose small steps."""
+    edit_tensors(folder, lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))
+    net = make()
+    load_adapter(net, folder)
+    assert {p.dtype for p in adapter_parameters(net)} == {torch.float32}
+    torch.testing.assert_close(net.vision[0].q_proj.lora_A, adapted().vision[0].q_proj.lora_A, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loading_keeps_mode_and_base(folder, training):
+    """Catches: dropout live after loading into a model in eval mode, and a base that loading wrote to."""
+    net = make().train(training)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    y = net(X)
+    load_adapter(net, folder)
+    assert all(m.training == training for m in net.modules())
+    with disabled(net):
+        assert torch.equal(net(X), y)
+    remove(net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+# --- refusals on loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
+        ({"peft_type": "DELETE"}, "peft_type = None"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"modules_to_save": ["classifier"]}, "modules_to_save"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": 0.5}, "layers_to_transform"),
+        ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"something_of_tomorrow": {"gain": 2}}, "something_of_tomorrow"),
+        ({"r": "DELETE"}, "r is None"),
+        ({"r": 2.0}, "r is 2.0"),
+        ({"r": 0}, "vision.0.q_proj.*rank 0"),
+        ({"r": 3}, "lora_A.weight \\(2, 8\\) not \\(3, 8\\)"),
+        ({"lora_alpha": math.nan}, "alpha is nan"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'"),
+        ({"lora_dropout": 1.5}, "dropout is 1.5"),
+        ({"target_modules": None}, "target_modules is None"),
+        ({"target_modules": ["k_proj"]}, "match no module"),
+        ({"target_modules": "(q_proj"}, "regular expression"),
+        ({"target_modules": ["vision"]}, "vision: found Sequential"),
+        ({"target_modules": ["q_proj"]}, "holds tensors.*v_proj"),
+        ({"target_modules": ["q_proj", "v_proj", "out"]}, "lacks tensors.*out"),
+        ({"rank_pattern": {"[": 4}}, "regular expression"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank '4'"),
+        ({"rank_pattern": [4]}, "rank_pattern"),
+    ],
+)
+def test_configs_that_are_refused(folder, fields, says):
+    """Catches: a field that changes the mathematics being ignored, so that another function is computed in silence."""
+    edit_config(folder, **fields)
+    refuses(make(), folder, says)
+
+
+def drop_key(tensors):
+    del tensors[KEY]
+
+
+def add_key(tensors):
+    tensors["base_model.model.vision.0.out.lora_A.weight"] = torch.zeros(2, 8)
+
+
+def add_magnitude(tensors):
+    tensors[KEY.replace("lora_A.weight", "lora_magnitude_vector")] = torch.zeros(8)
+
+
+def bare_names(tensors):
+    for key in list(tensors):
+        tensors[key.replace("base_model.model.", "model.")] = tensors.pop(key)
+
+
+def transpose(tensors):
+    tensors[KEY] = tensors[KEY].T.contiguous()
+
+
+def to_int(tensors):
+    tensors[KEY] = tensors[KEY].int()
+
+
+def to_nan(tensors):
+    tensors[KEY][0, 0] = math.nan
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (drop_key, f"lacks.*{KEY}"),
+        (add_key, "does not call for.*vision.0.out"),
+        (add_magnitude, "does not call for.*magnitude"),
+        (bare_names, "another model.*model.vision.0.q_proj"),
+        (transpose, "\\(8, 2\\) not \\(2, 8\\)"),
+        (to_int, "int32"),
+        (to_nan, "NaN"),
+        (dict.clear, "lacks"),
+    ],
+)
+def test_tensors_that_are_refused(folder, change, says):
+    """Catches: non-strict loading, after which the "adapted" model is partly or wholly its base."""
+    edit_tensors(folder, change)
+    refuses(make(), folder, says)
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(folder):
+    """Catches: a deeper model's adapter loaded as far as it fits, and one of other widths failing half-way."""
+    refuses(make(depth=1), folder, "another model: Net has no module vision.1.q_proj, vision.1.v_proj")
+    wide = make()
+    wide.text[0] = Block(16)
+    refuses(wide, folder, "text.0.q_proj.lora_A.weight \\(2, 8\\) not \\(2, 16\\)")
+
+
+def test_files_that_are_missing_or_damaged(folder, tmp_path):
+    """Catches: a stack trace from deep inside a parser where a sentence would do."""
+    refuses(make(), tmp_path / "nowhere", "is not a folder")
+    (tmp_path / "empty").mkdir()
+    refuses(make(), tmp_path / "empty", f"has no {CONFIG}")
+    config, weights = (folder / CONFIG).read_text(), (folder / WEIGHTS).read_bytes()
+    for text in ("{", "[1]", "null", ""):
+        (folder / CONFIG).write_text(text)
+        refuses(make(), folder, "JSON")
+    (folder / CONFIG).write_bytes(b"\xff\xfe\x00")
+    refuses(make(), folder, "JSON")
+    (folder / CONFIG).write_text(config)
+    for damaged in (weights[:-100], weights[:20], b"", b"\xff" * 64):
+        (folder / WEIGHTS).write_bytes(damaged)
+        refuses(make(), folder, "damaged")
+    (folder / WEIGHTS).unlink()
+    refuses(make(), folder, "no weights")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, (str(Path(os.environ["BOMB"])),))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_a_pickle_is_never_opened(folder, tmp_path, monkeypatch, name):
+    """Catches: falling back to torch.load on a file from the internet, which runs whatever code it holds."""
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    (folder / WEIGHTS).unlink()
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    refuses(make(), folder, f"{name}, a pickle")
+    (folder / WEIGHTS).write_bytes(pickle.dumps(Bomb()))
+    refuses(make(), folder, "damaged")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_loading_into_an_adapted_model_is_refused(folder):
+    """Catches: an adapter loaded over another, or LoRA wrapped around LoRA."""
+    refuses(adapted(), folder, "already holds")
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_saves_that_are_refused(folder):
+    """Catches: a diverged, dimmed or ambiguous adapter replacing a good one on disk."""
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def spoil(net: Net, layer: LoRALinear, what: str) -> nn.Module:
+        if what == "NaN":
+            layer.lora_B.data[0, 0] = math.nan
+        elif what == "strength":
+            set_strength(net, 0.5)
+        elif what == "differ":
+            layer.dropout = 0.5
+        elif what == "no LoRA":
+            remove(net)
+        elif what == "_orig_mod":
+            return torch.compile(net)
+        return net
+
+    for what in ("NaN", "strength", "differ", "no LoRA", "_orig_mod"):
+        net = adapted()
+        with pytest.raises(LoRAError, match=what):
+            save_adapter(spoil(net, net.vision[0].q_proj, what), folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_an_interrupted_save_leaves_a_whole_adapter(folder, monkeypatch, fails_at):
+    """Catches: writing straight to the final name, so that a lost session leaves half a file and no adapter."""
+    old, new = adapted(), adapted(seed=1)
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(Path(target).name)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(new, folder)
+    monkeypatch.undo()
+    assert calls == [WEIGHTS, CONFIG][:fails_at], "weights first, config last"
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS], "no temporary file stays behind"
+    net = make()
+    load_adapter(net, folder)
+    assert torch.equal(net(X), (old if fails_at == 1 else new)(X))
+
+
+def test_a_full_disk_leaves_the_old_adapter(folder, monkeypatch):
+    """Catches: the old weights replaced before the new config is known to be on the disk."""
+
+    def fsync(fd):
+        written.append(fd)
+        if len(written) == 2:
+            raise OSError("no space left on device")
+
+    before, written = {p.name: p.read_bytes() for p in folder.iterdir()}, []
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="no space"):
+        save_adapter(adapted(seed=1), folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_saving_again_keeps_other_files(folder):
+    """Catches: a folder emptied or swapped as a whole, together with what the user keeps in it."""
+    (folder / "README.md").write_text("mine")
+    save_adapter(adapted(seed=1), folder)
+    assert (folder / "README.md").read_text() == "mine"
+    net = make()
+    load_adapter(net, folder)
+    assert torch.equal(net(X), adapted(seed=1)(X))

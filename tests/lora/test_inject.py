@@ -1,0 +1,339 @@
+"""Injection as a transaction, and everything that undoes or measures it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from lora import (
+    LoRAError,
+    LoRALinear,
+    adapter_parameters,
+    count_parameters,
+    disabled,
+    inject,
+    merge,
+    remove,
+    set_strength,
+)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.q_proj, self.v_proj, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.mq_proj, self.q_proj_2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        z = self.norm(x)
+        return x + self.dropout(self.out(torch.tanh(self.q_proj(z)) * self.v_proj(z)) + self.mq_proj(self.q_proj_2(z)))
+
+
+class Net(nn.Module):
+    """Two towers, the name of one beginning with the name of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.vision2 = nn.Sequential(Block(), Block()), nn.Sequential(Block())
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * self.vision2(self.vision(x))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def shake(model: nn.Module) -> None:
+    """Give every B values, as training would."""
+    for p in adapter_parameters(model):
+        nn.init.normal_(p, std=0.3)
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    """Everything that a refused call could have touched."""
+    modules = [(n, id(m), m.training, getattr(m, "strength", None)) for n, m in model.named_modules()]
+    return [modules, [(n, id(p), p.requires_grad, p._version) for n, p in model.named_parameters()]]
+
+
+def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- inject -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_matched_whole_and_returned_in_module_order(net):
+    """Catches: substring matching (mq_proj and q_proj_2 would come along) and an answer that hides what was adapted."""
+    names = inject(net, rank=2)
+    assert names == [f"{b}.{p}" for b in ("vision.0", "vision.1", "vision2.0") for p in ("q_proj", "v_proj")]
+    assert [n for n, m in net.named_modules() if isinstance(m, LoRALinear)] == names
+
+
+def test_everything_but_the_adapters_is_frozen(net):
+    """Catches: the base, the norms or the temperature left trainable; adapters that are not."""
+    names = inject(net, rank=2)
+    trainable = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert trainable == {f"{n}.lora_{m}" for n in names for m in "AB"}
+    assert [id(p) for p in adapter_parameters(net)] == [id(p) for p in net.parameters() if p.requires_grad]
+
+
+def test_within_is_a_dotted_prefix(net):
+    """Catches: startswith without the dot, by which "vision" also means "vision2"."""
+    assert inject(net, within="vision", rank=2) == [f"vision.{i}.{p}_proj" for i in (0, 1) for p in "qv"]
+    remove(net)
+    assert inject(net, "q_proj", within=["vision2", "vision.1"], rank=2) == ["vision.1.q_proj", "vision2.0.q_proj"]
+
+
+def test_identity_and_settings_after_injection(net):
+    """Catches: an injection that changes the model's function, or drops one of its arguments on the way."""
+    before = net(X)
+    inject(net, rank=3, alpha=5, dropout=0.25, rslora=True)
+    assert torch.equal(net(X), before)
+    layer = net.vision[0].q_proj
+    assert (layer.rank, layer.alpha, layer.dropout, layer.rslora) == (3, 5.0, 0.25, True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_device_survive(training):
+    """Catches: live dropout in a model in eval mode, and new matrices on the CPU of a model that lives elsewhere."""
+    net = Net().to("meta").train(training)
+    inject(net, rank=2, dropout=0.5)
+    assert all(m.training == training for m in net.modules())
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+
+
+def test_a_layer_with_two_names_stays_one_layer():
+    """Catches: tied weights untied, by adapting one of their two names or each of them on its own."""
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    net["c"] = net["a"]
+    base = net["a"]
+    assert inject(net, ["c"], rank=2) == ["a"]
+    assert isinstance(net["a"], LoRALinear) and net["a"] is net["c"] and type(net["b"]) is nn.Linear
+    assert len(adapter_parameters(net)) == 2
+    remove(net)
+    assert net["a"] is base and net["c"] is base
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"targets": ["nothing"]}, "nothing"),
+        ({"targets": []}, "matches"),
+        ({"targets": ["q_proj", "k_proj"]}, "k_proj"),
+        ({"targets": ["q_proj", "norm"]}, "vision.0.norm.*LayerNorm"),
+        ({"targets": ["0.q_proj"]}, "0.q_proj"),
+        ({"within": "text"}, "text"),
+        ({"within": ["vision", "visio"]}, "visio'"),
+        ({"within": ["vision", "vision.0.norm"]}, "vision.0.norm"),
+        ({"rank": 9}, "vision.0.q_proj.*rank 9.*1 to 8"),
+        ({"rank": 0}, "rank 0"),
+        ({"alpha": -1}, "alpha"),
+        ({"dropout": 1}, "dropout"),
+    ],
+)
+def test_a_refused_injection_touches_nothing(net, settings, says):
+    """Catches: half-injected or half-frozen models after an error, and a target that silently matches nothing."""
+    before = fingerprint(net)
+    with pytest.raises(LoRAError, match=says):
+        inject(net, **settings)
+    assert fingerprint(net) == before
+
+
+def test_a_rank_too_wide_for_the_last_site_only_is_refused_before_the_first_is_touched():
+    """Catches: checking each site just before swapping it."""
+    net = nn.ModuleDict({"one": nn.ModuleDict({"fc": nn.Linear(8, 8)}), "two": nn.ModuleDict({"fc": nn.Linear(8, 2)})})
+    before = fingerprint(net)
+    with pytest.raises(LoRAError, match="two.fc"):
+        inject(net, ["fc"], rank=4)
+    assert fingerprint(net) == before
+
+
+def test_a_second_injection_is_refused(net):
+    """Catches: LoRA wrapped around LoRA, or two adapters under one name."""
+    inject(net, rank=2)
+    before = fingerprint(net)
+    with pytest.raises(LoRAError, match="already holds 6 LoRA"):
+        inject(net, ["out"], rank=2)
+    assert fingerprint(net) == before
+
+
+def test_a_lone_layer_is_refused():
+    """Catches: setattr on the empty name, which reports success and replaces nothing."""
+    layer = nn.Linear(4, 4)
+    with pytest.raises(LoRAError, match="LoRALinear\\(layer\\)"):
+        inject(layer)
+    for undo in (remove, merge):
+        with pytest.raises(LoRAError, match="itself"):
+            undo(LoRALinear(layer, rank=2))
+
+
+def test_multihead_attention_is_refused():
+    """Catches: adapters on nn.MultiheadAttention, which reads out_proj.weight and never calls the layer."""
+    with pytest.raises(LoRAError, match="MultiheadAttention"):
+        inject(nn.Sequential(nn.MultiheadAttention(8, 2)), ["out_proj"], rank=2)
+
+
+# --- taking it out again ----------------------------------------------------------------------------------------------
+
+
+def test_remove_gives_the_base_back_bit_for_bit(net):
+    """Catches: a base that training moved, and W + D - D taken for W."""
+    before, ids = copy.deepcopy(net.state_dict()), {n: id(m) for n, m in net.named_modules()}
+    names = inject(net, rank=2, dropout=0.1)
+    net.train()
+    optimizer = torch.optim.AdamW(adapter_parameters(net), lr=0.05, weight_decay=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(X).square().sum().backward()
+        optimizer.step()
+    net.eval()
+    assert remove(net) == names
+    assert same_state(net.state_dict(), before) and {n: id(m) for n, m in net.named_modules()} == ids
+    assert not any(m.training for m in net.modules())
+
+
+def test_merge_keeps_the_function_and_leaves_plain_layers(net):
+    """Catches: a merge that forgets layers, scaling or mode; a second merge that adds B A again."""
+    names = inject(net, rank=2)
+    shake(net)
+    y = net(X)
+    assert merge(net) == names
+    torch.testing.assert_close(net(X), y, rtol=1e-5, atol=1e-5)
+    assert type(net.vision[0].q_proj) is nn.Linear and set(net.state_dict()) == set(Net().state_dict())
+    merged_state = copy.deepcopy(net.state_dict())
+    with pytest.raises(LoRAError, match="no LoRA"):
+        merge(net)
+    assert same_state(net.state_dict(), merged_state)
+
+
+def test_a_refused_merge_leaves_the_adapters_in(net):
+    """Catches: a merge that stops half-way at the one layer that diverged."""
+    inject(net, rank=2)
+    with torch.no_grad():
+        net.vision2[0].v_proj.lora_B[0, 0] = math.inf
+    before = fingerprint(net)
+    with pytest.raises(LoRAError, match="vision2.0.v_proj"):
+        merge(net)
+    assert fingerprint(net) == before
+
+
+# --- strength ---------------------------------------------------------------------------------------------------------
+
+
+def test_disabled_is_the_base_and_is_undone(net):
+    """Catches: strengths reset to 1 rather than to what they were, or lost on an exception or in a nested block."""
+    base = net(X)
+    inject(net, rank=2)
+    shake(net)
+    net.vision[0].q_proj.strength = 0.3
+    adapted = net(X)
+    assert not torch.allclose(adapted, base)
+    with disabled(net):
+        assert torch.equal(net(X), base)
+        with disabled(net):
+            pass
+        assert torch.equal(net(X), base)
+    assert torch.equal(net(X), adapted)
+    with pytest.raises(RuntimeError), disabled(net):
+        raise RuntimeError
+    assert torch.equal(net(X), adapted) and net.vision[0].q_proj.strength == 0.3
+
+
+def test_strength_scales_the_correction_linearly(net):
+    """Catches: a strength that multiplies instead of replaces, or that scales A and B both (so its square)."""
+    inject(net, ["out"], rank=2, within="vision2")
+    shake(net)
+    outputs = []
+    for s in (1.0, 0.0, 0.5, 0.5, 2.0):
+        set_strength(net, s)
+        outputs.append(net(X))
+    one, zero, half, again, two = outputs
+    assert torch.equal(half, again) and not torch.allclose(half, zero)
+    torch.testing.assert_close(half - zero, (one - zero) / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(two - zero, (one - zero) * 2, rtol=1e-4, atol=1e-6)
+
+
+def test_strength_must_be_finite(net):
+    """Catches: a model that answers NaN everywhere after one bad number."""
+    inject(net, rank=2)
+    before = fingerprint(net)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(LoRAError, match="strength"):
+            set_strength(net, bad)
+    assert fingerprint(net) == before
+
+
+def enter_disabled(model: nn.Module) -> None:
+    with disabled(model):
+        pass
+
+
+@pytest.mark.parametrize("call", [remove, merge, adapter_parameters, lambda m: set_strength(m, 1), enter_disabled])
+def test_without_lora_the_answer_is_a_sentence(net, call):
+    """Catches: an optimizer over an empty list, or a merge of nothing believed to be done."""
+    with pytest.raises(LoRAError, match="no LoRA layers"):
+        call(net)
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within, per_rank", [(None, 61_440), ("vision_model", 36_864), ("text_model", 24_576)])
+@pytest.mark.parametrize("rank", [1, 8, 24, 32])
+def test_exact_counts_on_clip_vit_b_32(within, per_rank, rank):
+    """Catches: one layer or tower too many or too few, and a percentage taken of the wrong total."""
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig())
+    assert count_parameters(clip) == (151_277_313, 151_277_313)
+    names = inject(clip, rank=rank, within=within)
+    count = count_parameters(clip)
+    assert (count.trainable, count.total) == (per_rank * rank, 151_277_313)
+    assert len(names) == (48 if within is None else 24)
+    if within is None:
+        assert (count.percent < 1) == (rank <= 24)
+        if rank == 8:
+            assert count.trainable == 491_520 and f"{count.percent:.2f}" == "0.32"
+
+
+def test_shared_parameters_are_counted_once():
+    """Catches: tied weights that make a model look larger than it is."""
+    net = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    net["b"].weight = net["a"].weight
+    assert count_parameters(net) == (16, 16) and count_parameters(net).percent == 100
+
+
+def test_checkpointing_gives_the_same_gradients():
+    """Catches: reentrant checkpointing over a frozen input, after which no adapter gets a gradient at all."""
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": 30, "max_position_embeddings": 8, "eos_token_id": 29},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    clip = CLIPModel(config).train()
+    inject(clip, rank=2)
+    shake(clip)
+    batch = {"input_ids": torch.randint(0, 29, (3, 8)), "pixel_values": torch.randn(3, 3, 16, 16)}
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        clip.zero_grad()
+        clip(**batch, return_loss=True).loss.backward()
+        grads.append([p.grad.clone() for p in adapter_parameters(clip)])
+    assert all(g.abs().max() > 0 for g in grads[0])
+    for plain, replayed in zip(*grads, strict=True):
+        torch.testing.assert_close(replayed, plain)

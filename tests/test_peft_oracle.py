@@ -1,0 +1,152 @@
+"""Hugging Face PEFT as the oracle: same weights, same answers; same files; same training."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from lora import LoRALinear, adapter_parameters, inject, load_adapter, save_adapter
+
+peft = pytest.importorskip("peft")
+
+
+def make_clip() -> CLIPModel:
+    """A CLIP of two layers a tower, the towers of different widths; always the same random weights."""
+    torch.manual_seed(0)
+    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = CLIPConfig(
+        text_config={
+            **tower, "hidden_size": 32, "vocab_size": 60, "max_position_embeddings": 12,
+            "bos_token_id": 58, "eos_token_id": 59, "pad_token_id": 59,
+        },
+        vision_config={**tower, "hidden_size": 48, "image_size": 24, "patch_size": 8},
+        projection_dim=24,
+    )  # fmt: skip
+    model = CLIPModel(config).eval()
+    with torch.no_grad():  # the default initialisation is so small that logits hardly depend on the attention
+        for name, p in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                p.mul_(8)
+    return model
+
+
+def make_batch(n: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, 58, (n, 12), generator=generator)
+    ids[:, -1] = 59
+    return {"input_ids": ids, "pixel_values": torch.randn(n, 3, 24, 24, generator=generator)}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(**make_batch()).logits_per_image
+
+
+def randomise(model: nn.Module) -> None:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.2)
+
+
+CASES = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "one tower": {"target_modules": r"vision_model\..*\.(q_proj|v_proj)"},
+    "patterns": {
+        "rank_pattern": {"text_model.encoder.layers.1.self_attn.q_proj": 7, "v_proj": 2},
+        "alpha_pattern": {"vision_model.*q_proj": 3},
+    },
+    "other targets": {"target_modules": ["fc1", "out_proj", "visual_projection"]},
+    "dropout": {"lora_dropout": 0.3},
+}
+
+
+def peft_model(**fields) -> nn.Module:
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **fields}
+    model = peft.get_peft_model(make_clip(), peft.LoraConfig(**settings))
+    randomise(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_to_us_and_back(tmp_path, case):
+    """Catches: any difference from PEFT in scaling, target or pattern matching, key names or config fields."""
+    theirs = peft_model(**CASES[case])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = make_clip()
+    names = load_adapter(ours, tmp_path / "theirs")
+    assert names == [n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
+    expected = logits(theirs)
+    assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must show"
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-6, atol=1e-6)
+
+    save_adapter(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT tells of missing and unexpected keys by warnings alone
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        again = peft.PeftModel.from_pretrained(make_clip(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again), expected, rtol=1e-6, atol=1e-6)
+    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters() if "lora_" in n} for m in (again, theirs)]
+    assert shapes[0] == shapes[1], "the same layers, no more and no fewer"
+
+
+@pytest.mark.parametrize("within", [None, "text_model", ["vision_model"], "vision_model.encoder.layers.1"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_inject_makes_loads_in_peft(tmp_path, within, rslora):
+    """Catches: a config whose targets select other layers in PEFT than were adapted here."""
+    ours = make_clip()
+    names = inject(ours, rank=3, alpha=5, rslora=rslora, within=within)
+    randomise(ours)
+    save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        theirs = peft.PeftModel.from_pretrained(make_clip(), tmp_path).eval()
+    loaded = [n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert loaded == names
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-6, atol=1e-6)
+
+
+def test_hand_built_layers_of_different_rank_load_in_peft(tmp_path):
+    """Catches: rank_pattern or alpha_pattern written in a form that PEFT matches otherwise."""
+    ours = make_clip()
+    for i, (rank, alpha) in enumerate([(2, 4.0), (5, 2.5)]):
+        attention = ours.text_model.encoder.layers[i].self_attn
+        attention.q_proj = LoRALinear(attention.q_proj, rank, alpha)
+        attention.v_proj = LoRALinear(attention.v_proj, 2, 4.0)
+    randomise(ours)
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make_clip(), tmp_path).eval()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-6, atol=1e-6)
+
+
+def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 50) -> list[float]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    batch, losses = make_batch(), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch, return_loss=True).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_fifty_steps_give_the_loss_curve_of_peft():
+    """Catches: a gradient, scaling, freezing or dtype that differs although the forward pass agrees."""
+    theirs = peft.get_peft_model(make_clip(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    ours = make_clip()
+    inject(ours, rank=4, alpha=8)
+    start = {n.replace(".default.weight", ""): p for n, p in theirs.base_model.model.named_parameters() if "lora_" in n}
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == set(start)
+    with torch.no_grad():
+        for name, p in start.items():
+            ours.get_parameter(name).copy_(copy.deepcopy(p))
+    expected = train(theirs, [p for p in theirs.parameters() if p.requires_grad])
+    assert expected[-1] < 0.8 * expected[0], "something must have been learnt"
+    assert train(ours, adapter_parameters(ours)) == pytest.approx(expected, rel=1e-4)
