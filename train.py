@@ -85,11 +85,13 @@ def run(preset: str, config: Config) -> int:
         before = evaluate(clip, held_out_pairs, held_out)
     after = evaluate(clip, held_out_pairs, held_out)
     print(f"\n{as_text(table(before.results, after.results))}")
+    count = count_parameters(clip.model)
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     facts = {
         "run": {"command": shlex.join(["python", *sys.argv]), "preset": preset, "seed": config.seed},
         "data": {"source": data.source, "training pairs": len(train), "held-out pairs": len(held_out)},
-        "model": {"base": config.model, "rank": config.rank} | count_parameters(clip.model)._asdict(),
+        "model": {"base": config.model, "rank": config.rank, "trainable parameters": count.trainable,
+                  "base parameters": count.total, "trainable in per cent": round(count.percent, 3)},
         "training": {"steps": steps, "batch size": config.batch_size, "learning rate": config.lr,
                      "first loss": losses[0], "last loss": sum(losses[-20:]) / len(losses[-20:])},
         "environment": environment(),

@@ -51,7 +51,7 @@ def _bars(axes: Any, names: list[str], before: list[dict], after: list[dict], ke
             [100 * value] * 2, [at - 0.42, at + 0.42], color="black", linestyle=":", label=None if at else "chance"
         )
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 20))
 

@@ -174,7 +174,7 @@ def _found(
     for row in best:
         if wanted:
             has = {facet: split.labels[facet][row] for facet in wanted}
-            result.append((split.open_image(row), ", ".join(has.values()), has == wanted))
+            result.append((split.open_image(row), "\n".join(has.values()), has == wanted))
         else:
             result.append((split.open_image(row), textwrap.shorten(split.captions[row], 24), None))
     return result

@@ -78,8 +78,16 @@ def chance_recall(query_ids: Tensor, candidate_ids: Tensor, k: int) -> float:
 
 
 def bootstrap_interval(scores: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `scores` (N,), by resampling the N rows (Efron 1979)."""
+    """95 % percentile interval of the mean of `scores` (N,), by resampling the N rows (Efron 1979).
+
+    Resampling nothing but misses gives nothing but misses, as if 0 of 10 were as sure as 0 of 10,000. There, and where
+    all are hits, the other end is the exact binomial bound (Clopper and Pearson 1934): the rate that still has a chance
+    of 2.5 % to show this.
+    """
     values = scores.double().numpy()
+    if (values == values[0]).all() and values[0] in (0, 1):
+        bound = 0.025 ** (1 / len(values))
+        return (0.0, 1 - bound) if values[0] == 0 else (bound, 1.0)
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
     low, high = np.percentile(means, (2.5, 97.5))

@@ -147,3 +147,9 @@ def test_interval_is_the_binomial_one_for_large_samples() -> None:
     width = 1.96 * math.sqrt(0.3 * 0.7 / 400)
     assert low == pytest.approx(0.3 - width, abs=0.006) and high == pytest.approx(0.3 + width, abs=0.006)
     assert bootstrap_interval(hits) == (low, high)  # the same seed, the same interval
+
+
+def test_no_hit_at_all_does_not_give_an_interval_of_no_width() -> None:
+    """Catches [0.0, 0.0]: 0 of 100 is compatible with 3.6 % (as exact binomial tables have it), 0 of 10 with 31 %."""
+    assert bootstrap_interval(torch.zeros(100)) == pytest.approx((0, 0.0362), abs=1e-4)
+    assert bootstrap_interval(torch.ones(10)) == pytest.approx((0.6915, 1), abs=1e-4)

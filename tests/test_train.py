@@ -1,0 +1,280 @@
+"""train.py as a person uses it: what it writes, how it stops, how it goes on, and what it says to a mistake."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from clip_medical import load_clip, load_run
+from clip_medical.config import Config
+from clip_medical.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--limit", "40", "--batch-size", "16", "--seed", "1"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    return train.main()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 steps, with its report."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *SMALL, "--steps", "4", "--output", str(folder)) == 0
+    return folder
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_what_its_contract_says(finished: Path) -> None:
+    """Catches a file of the run folder that is missing or has other keys than those who come after it expect."""
+    files = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    figures = {f"figures/{name}.png" for name in ("loss", "recall", "zero_shot", "search")}
+    expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "checkpoint/state.pt"} | figures
+    assert expected | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} == files
+    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    assert all(np.isfinite(s["loss"]) and s["lr"] > 0 and s["pairs_per_second"] > 0 for s in steps)
+    report = json.loads((finished / "report.json").read_text())
+    for model in ("unadapted", "adapted"):
+        row = report[model]["retrieval"]["image_to_text"]["recall@10"]
+        assert row["low"] <= row["value"] <= row["high"] and 0 < row["chance"] < 1
+        assert set(report[model]["zero_shot"]) == {"modality", "anatomy", "finding", "view"}
+    assert report["unadapted"]["retrieval"]["pool"] == 40
+    assert json.loads((finished / "config.json").read_text())["batch_size"] == 16
+
+
+def test_the_unadapted_row_is_the_base_and_the_adapted_row_is_not(finished: Path) -> None:
+    """Catches an adapter left on for the 'before' row, and one that was never trained for the 'after' row."""
+    images = [Image.fromarray(np.full((50, 60), value, np.uint8)) for value in (10, 120, 240)]
+    base, adapted = load_clip(), load_run(finished)
+    assert any(tensor.any() for name, tensor in adapter(finished).items() if "lora_B" in name)
+    assert (base.encode_images(images) - adapted.encode_images(images)).abs().max() > 1e-4
+    report = json.loads((finished / "report.json").read_text())
+    assert report["unadapted"] != report["adapted"]
+
+
+def test_the_same_seed_trains_the_same_weights(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches randomness outside the seed; and a seed that is ignored."""
+    run(monkeypatch, *SMALL, "--steps", "4", "--output", str(tmp_path / "again"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(adapter(finished).values(), adapter(tmp_path / "again").values(), strict=True)
+    )
+    run(monkeypatch, *SMALL[:-1], "2", "--steps", "4", "--output", str(tmp_path / "other"))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(adapter(finished).values(), adapter(tmp_path / "other").values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("extra", [[], ["--dropout", "0.2", "--train-logit-scale"]])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], extra: list[str]
+) -> None:
+    """Catches a resume that forgets the optimizer, the schedule, the place in the data or the state of dropout."""
+    flags = [*SMALL, "--steps", "5", *extra]
+    assert run(monkeypatch, *flags, "--output", tmp_path / "whole") == 0
+
+    class StopAfterThree(train.StopRequest):
+        def __init__(self) -> None:
+            self.looks = 0
+
+        @property
+        def asked(self) -> bool:  # type: ignore[override]
+            self.looks += 1
+            return self.looks > 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopRequest", StopAfterThree)
+        assert run(patch, *flags, "--output", tmp_path / "parts") == 130
+    assert "Stopped after step 3 of 5" in capsys.readouterr().out
+    assert (tmp_path / "parts" / "adapter" / "adapter_model.safetensors").is_file()
+    assert run(monkeypatch, *flags, "--output", tmp_path / "parts", "--resume") == 0
+    whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    losses = [[(json.loads(line)["step"], json.loads(line)["loss"]) for line in one] for one in lines]
+    assert losses[0] == losses[1]
+    scale = tmp_path / "parts" / "adapter" / "logit_scale.json"
+    assert scale.is_file() == bool(extra)
+    if extra:
+        learned = json.loads(scale.read_text())["logit_scale"]
+        assert learned != load_clip().model.logit_scale.item()
+        assert load_run(tmp_path / "parts").model.logit_scale.item() == pytest.approx(learned)
+
+
+def test_ctrl_c_ends_the_process_with_its_work_saved(tmp_path: Path) -> None:
+    """Catches a traceback on Ctrl-C, and an adapter that was lost with it. Sends the signal to a real process."""
+    command = [sys.executable, "train.py", *SMALL, "--steps", "100000", "--output", str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "To go on:" in out and "--resume" in out and "Traceback" not in err
+    load_run(tmp_path / "run")
+
+
+def test_checkpointing_trains_the_same(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gradients that are lost, or differ, when activations are computed twice."""
+    assert run(monkeypatch, *SMALL, "--steps", "4", "--checkpointing", "on", "--output", tmp_path / "run") == 0
+    for name, tensor in adapter(finished).items():
+        torch.testing.assert_close(adapter(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_flight_check_stops_a_run_that_cannot_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the silent failure of lost gradients: here the features are cut off from the graph on purpose."""
+    from clip_medical.model import Clip
+
+    original = Clip.image_features
+    monkeypatch.setattr(Clip, "image_features", lambda self, pixels: original(self, pixels).detach())
+    with pytest.raises(RuntimeError, match="gradients"):
+        run(monkeypatch, *SMALL, "--steps", "2", "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def picture_folder(folder: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("file_name", "text")) -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in {name for name, _ in rows if not name.startswith("missing")}:
+        Image.fromarray(rng.integers(0, 255, (30, 40), dtype=np.uint8)).save(folder / name)
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return folder
+
+
+def test_a_folder_of_pictures_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a report that cannot live without label columns."""
+    data = picture_folder(tmp_path / "data", [(f"{i}.png", f"picture number {i}") for i in range(30)])
+    assert run(monkeypatch, "--data", data, "--steps", "2", "--batch-size", "8", "--output", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "figures" / "search.png").is_file()
+    assert not (tmp_path / "run" / "figures" / "zero_shot.png").exists()
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown preset": (["rocco"], "no preset 'rocco'"),
+    "unknown flag": (["--rnk", "4"], "--rnk"),
+    "value of the wrong type": (["--steps", "many"], "--steps"),
+    "unknown choice": (["--precision", "fp8"], "fp8"),
+    "missing value": (["--lr"], "--lr"),
+    "missing folder": (["--data", "{tmp}/nowhere"], "nowhere"),
+    "no caption column": (["--data", "{tmp}/columns"], "--caption-column"),
+    "no image column": (["--data", "{tmp}/columns", "--caption-column", "words", "--image-column", "file"], "'file'"),
+    "path to a missing image": (["--data", "{tmp}/missing"], "missing.png"),
+    "empty caption": (["--data", "{tmp}/empty"], "empty caption"),
+    "unreadable image": (["--data", "{tmp}/damaged", "--batch-size", "4"], "3.png"),
+    "batch larger than the data": (["--data", "{tmp}/good", "--batch-size", "500"], "--batch-size"),
+    "rank 0": (["--rank", "0"], "--rank"),
+    "rank above the width": (["--rank", "257"], "257"),
+    "targets that match nothing": (["--targets", "query"], "query"),
+    "a target that is no Linear": (["--targets", "layer_norm1"], "LayerNorm"),
+    "no batch": (["--batch-size", "1"], "--batch-size"),
+    "learning rate of zero": (["--lr", "0"], "--lr"),
+    "learning rate that is no number": (["--lr", "nan"], "--lr"),
+    "model that is no folder with a model": (["--model", "{tmp}/good"], "config.json"),
+    "resume without output": (["--resume"], "--output"),
+    "resume of nothing": (["--resume", "--output", "{tmp}/nothing"], "no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_writes_nothing(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback, another exit code, a message that does not name what is wrong, and a stray folder."""
+    rows = [(f"{i}.png", f"picture {i}") for i in range(20)]
+    picture_folder(tmp_path / "good", rows)
+    picture_folder(tmp_path / "columns", rows, header=("pixels", "words"))
+    picture_folder(tmp_path / "missing", [*rows, ("missing.png", "a picture that is not there")])
+    picture_folder(tmp_path / "empty", [*rows, ("0.png", " ")])
+    (picture_folder(tmp_path / "damaged", rows) / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    arguments, named = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *(a.format(tmp=tmp_path) for a in arguments)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("train.py: ") and named in said and len(said) < 400
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a second run written into the first; the sentence names the way on."""
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert run(monkeypatch, *SMALL, "--steps", "4", "--output", finished) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run(monkeypatch, *SMALL, "--steps", "4", "--output", finished, "--resume") == 2
+    assert "complete" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_resume_refuses_another_configuration_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that goes on with another learning rate as if nothing were different."""
+    monkeypatch.setattr(train.StopRequest, "__init__", lambda self: setattr(self, "asked", True))
+    assert run(monkeypatch, *SMALL, "--steps", "4", "--output", tmp_path / "run") == 130
+    capsys.readouterr()
+    assert run(monkeypatch, *SMALL, "--steps", "4", "--output", tmp_path / "run", "--resume", "--lr", "1e-5") == 2
+    assert "--lr" in capsys.readouterr().err
+
+
+def test_without_output_the_next_free_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a second `python train.py` that fails or writes over the first."""
+    from clip_medical.runs import choose_folder
+
+    monkeypatch.chdir(tmp_path)
+    names: list[Any] = []
+    for _ in range(3):
+        folder = choose_folder("demo", Config())
+        folder.mkdir(parents=True)
+        names.append(str(folder))
+    assert names == ["runs/demo", "runs/demo-2", "runs/demo-3"]
+
+
+def test_help_names_each_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a field without help, and a preset whose values the help does not show."""
+    with pytest.raises(SystemExit) as end:
+        train.parse(["roco", "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for field in Config.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in said
+    assert "eltorio/ROCOv2-radiology" in said and "256" in said
+
+
+def test_presets_can_be_overridden() -> None:
+    """Catches flags of a preset that silently keep their default."""
+    assert train.parse([]) == ("demo", Config())
+    preset, config = train.parse(["roco", "--rank", "4", "--targets", "q_proj", "k_proj", "--data", "x.csv"])
+    assert (preset, config.rank, config.targets, config.data) == ("roco", 4, ("q_proj", "k_proj"), "x.csv")
+    assert config.model == "openai/clip-vit-base-patch32"
+    with pytest.raises(UserError):
+        train.parse(["roco", "--batch-size", "0"])
+
+
+def test_a_full_demo_learns(tmp_path: Path) -> None:
+    """Catches a pipeline that runs and teaches nothing: 48 steps must take a good part of the loss away."""
+    command = [sys.executable, "train.py", "--limit", "256", "--steps", "48", "--output", str(tmp_path / "run")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-5:]) < 0.75 * losses[0]
