@@ -181,7 +181,7 @@ def push(folder: Path, name: str, confirmed: bool) -> None:
         done = hub.upload_folder(
             repo_id=name, folder_path=folder, commit_message="Upload an export of clip-medical-lora"
         )
-    except OSError as error:  # of the Hub, of the network, or of a missing login
+    except Exception as error:  # those of the Hub, of the network and of the storage have no base class in common
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{name} was not uploaded ({reason}): check the name, the network and `hf auth login`."
