@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from stand_in_hub import Handler, StandInHub
+
+from tests.stand_in_hub import Handler, StandInHub
 
 TOKEN = "hf_of_the_stand_in"
 UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
