@@ -162,7 +162,8 @@ def loop(clip: Clip, pairs: Pairs, config: Config, learner: Learner, folder: Pat
                 clip.model.logit_scale.clamp_(0, math.log(100))
             done, rate = done + 1, config.batch_size / (time.perf_counter() - began)
             temperature = (-clip.model.logit_scale).exp().item()
-            record = dict(step=done, loss=loss.item(), lr=lr, gradient_norm=norm, temperature=temperature)
+            length = norm if math.isfinite(norm) else None  # not finite: a step that fp16's loss scaling skipped
+            record = dict(step=done, loss=loss.item(), lr=lr, gradient_norm=length, temperature=temperature)
             print(json.dumps(record | {"pairs_per_second": round(rate, 1)}), file=log, flush=True)
             bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {rate:.0f} pairs/s")
             bar.update()

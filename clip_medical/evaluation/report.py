@@ -62,7 +62,7 @@ def evaluate(clip: Clip, pairs: Pairs, split: Split, batch_size: int = 64) -> Ev
     images = torch.cat([clip.image_features(pairs.pixels[r]).cpu() for r in rows])
     texts = torch.cat([clip.text_features(pairs.tokens[r], pairs.lengths[r]).cpu() for r in rows])
     results = {
-        "retrieval": retrieval_report(images, texts, pairs.caption_ids),
+        "retrieval": retrieval_report(images, texts, pairs.caption_ids, pairs.image_ids, ks=(1, 5, 10)),
         "zero_shot": zero_shot_report(clip, images, split.labels),
     }
     return Evaluation(results, images, clip.encode_texts([query for query, _ in example_queries(split)]))

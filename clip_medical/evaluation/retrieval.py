@@ -6,37 +6,50 @@ part of the result. Recall within training batches of 32 is an easier game and h
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # queries compared with all candidates at a time: memory is BLOCK * candidates floats
+BLOCK = 2**23  # similarities held at a time, 32 MiB of them: memory does not grow with the square of the pool
+Ids = tuple[Tensor, Tensor]  # of the queries (Q,) and of the candidates (C,)
 
 
-def ranks(queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor) -> Tensor:
-    """How many wrong candidates stand above the best right one, for each query.
+class Ranks(NamedTuple):
+    """For each query: how many wrong candidates stand above its best right one, and how many are right at all."""
+
+    rank: Tensor  # (Q,) int64, 0 is the best
+    right: Tensor  # (Q,) int64, 1 or more
+
+
+def ranks(queries: Tensor, candidates: Tensor, *ids: Ids) -> Ranks:
+    """Compare every query with every candidate, in fp32 and in blocks.
 
     queries (Q, D), candidates (C, D)   unit-length features
-    query_ids (Q,), candidate_ids (C,)  a candidate is right for a query where the two ids are equal
+    ids   pairs of (Q,) and (C,): a candidate is right for a query where the two agree in any pair, having the same
+          caption, say, or the same picture
 
-    Returns (Q,) int64, 0 being the best. A wrong candidate of equal similarity counts as above (pessimistic on ties),
-    so features that have all collapsed to one point score 0, not 100 %. Raises ValueError on features that are not
-    finite and on a query that no candidate answers.
+    A wrong candidate of equal similarity counts as above (pessimistic on ties), so features that have all collapsed to
+    one point score 0, not 100 %. Raises ValueError on features that are not finite and on a query without an answer.
     """
     queries, candidates = queries.float(), candidates.float()
     if not (queries.isfinite().all() and candidates.isfinite().all()):
         raise ValueError("the features contain NaN or infinity: a recall computed on them would mean nothing")
-    result = []
-    for rows, ids in zip(queries.split(BLOCK), query_ids.split(BLOCK), strict=True):
-        similarity = rows @ candidates.T
-        right = ids[:, None] == candidate_ids[None, :]
-        if not right.any(dim=1).all():
-            raise ValueError("a query has no right candidate in the pool: its id is missing among the candidates")
+    rank, counts = [], []
+    for rows in torch.arange(len(queries)).split(max(1, BLOCK // len(candidates))):
+        similarity = queries[rows] @ candidates.T
+        right = torch.zeros(similarity.shape, dtype=torch.bool)
+        for of_query, of_candidate in ids:
+            right |= of_query[rows, None] == of_candidate[None, :]
+        counts.append(right.sum(dim=1))
         best = similarity.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
-        result.append(((similarity >= best) & ~right).sum(dim=1))
-    return torch.cat(result)
+        # everything at least as similar as the best right one, less the right ones among it
+        rank.append((similarity >= best).sum(dim=1) - ((similarity == best) & right).sum(dim=1))
+    result = Ranks(torch.cat(rank), torch.cat(counts))
+    if not result.right.all():
+        raise ValueError("a query has no right candidate in the pool: its id is missing among the candidates")
+    return result
 
 
 def recall_at_k(
@@ -60,53 +73,63 @@ def recall_at_k(
     text_ids = torch.arange(len(text_features)) if text_to_image is None else torch.as_tensor(text_to_image).cpu()
     images, texts = image_features.detach().cpu(), text_features.detach().cpu()
     both = {
-        "image_to_text": ranks(images, texts, image_ids, text_ids),
-        "text_to_image": ranks(texts, images, text_ids, image_ids),
+        "image_to_text": ranks(images, texts, (image_ids, text_ids)).rank,
+        "text_to_image": ranks(texts, images, (text_ids, image_ids)).rank,
     }
     return {way: {k: (rank < k).double().mean().item() for k in ks} for way, rank in both.items()}
 
 
-def chance_recall(query_ids: Tensor, candidate_ids: Tensor, k: int) -> float:
-    """Recall@k of a random order: the mean over queries of 1 - C(C - g, k) / C(C, k) with g right of C candidates."""
-    pool = len(candidate_ids)
-    ids, counts = candidate_ids.unique(return_counts=True)
-    right = counts[torch.searchsorted(ids, query_ids)].double()
-    miss = torch.ones(len(query_ids), dtype=torch.double)
+def chance_recall(right: Tensor, pool: int, k: int) -> float:
+    """Recall@k of a random order: the mean over queries of 1 - C(P - g, k) / C(P, k), g = right (Q,) of P = pool."""
+    miss = torch.ones(len(right), dtype=torch.double)
     for drawn in range(min(k, pool)):
-        miss *= ((pool - drawn - right) / (pool - drawn)).clamp(min=0)
+        miss *= ((pool - drawn - right.double()) / (pool - drawn)).clamp(min=0)
     return (1 - miss).mean().item()
 
 
-def bootstrap_interval(scores: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `scores` (N,), by resampling the N rows (Efron 1979).
+def bootstrap_interval(
+    scores: Tensor, groups: Tensor | None = None, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `scores` (N,), by resampling (Efron 1979).
+
+    groups (N,)  rows with the same number are drawn together: the captions of one image are not independent of each
+                 other, and an interval that took them so would be too narrow. Default: each row by itself
 
     Resampling nothing but misses gives nothing but misses, as if 0 of 10 were as sure as 0 of 10,000. There, and where
     all are hits, the other end is the exact binomial bound (Clopper and Pearson 1934): the rate that still has a chance
     of 2.5 % to show this.
     """
     values = scores.double().numpy()
+    group = np.arange(len(values)) if groups is None else np.unique(groups.numpy(), return_inverse=True)[1]
+    sums, sizes = np.bincount(group, values), np.bincount(group)
     if (values == values[0]).all() and values[0] in (0, 1):
-        bound = 0.025 ** (1 / len(values))
+        bound = 0.025 ** (1 / len(sums))
         return (0.0, 1 - bound) if values[0] == 0 else (bound, 1.0)
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    means = []
+    for _ in range(draws):
+        drawn = rng.integers(len(sums), size=len(sums))
+        means.append(sums[drawn].sum() / sizes[drawn].sum())
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
-def retrieval_report(images: Tensor, texts: Tensor, ids: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Any]:
-    """All of retrieval for N pairs, of which those with the same id are right for each other.
+def retrieval_report(
+    images: Tensor, texts: Tensor, caption_ids: Tensor, image_ids: Tensor, ks: Sequence[int] = (1, 5, 10, 50)
+) -> dict[str, Any]:
+    """All of retrieval for N pairs; those with the same caption or the same picture are right for each other.
 
-    images, texts (N, D) unit length; ids (N,). Returns {"pool": N, "image_to_text": {"recall@1": {"value", "low",
-    "high", "chance"}, ..., "median_rank", "mrr"}, "text_to_image": {...}}; the rank of a first place is 1.
+    images, texts (N, D) unit length; caption_ids, image_ids (N,). Returns {"pool": N, "image_to_text": {"recall@1":
+    {"value", "low", "high" (95 %, by image), "chance"}, ..., "median_rank", "mrr"}, "text_to_image": {...}}; a first
+    place has rank 1.
     """
-    report: dict[str, Any] = {"pool": len(ids)}
+    report: dict[str, Any] = {"pool": len(images)}
     for way, (queries, candidates) in {"image_to_text": (images, texts), "text_to_image": (texts, images)}.items():
-        rank = ranks(queries, candidates, ids, ids)
+        rank, right = ranks(queries, candidates, (caption_ids, caption_ids), (image_ids, image_ids))
         report[way] = {"median_rank": rank.median().item() + 1, "mrr": (1 / (rank + 1.0)).mean().item()}
-        for k in ks:
+        for k in (k for k in ks if k < len(images)):
             hits = (rank < k).double()
-            low, high = bootstrap_interval(hits)
-            row = {"value": hits.mean().item(), "low": low, "high": high, "chance": chance_recall(ids, ids, k)}
-            report[way][f"recall@{k}"] = row
+            low, high = bootstrap_interval(hits, image_ids)
+            chance = chance_recall(right, len(images), k)
+            report[way][f"recall@{k}"] = {"value": hits.mean().item(), "low": low, "high": high, "chance": chance}
     return report

@@ -33,7 +33,7 @@ class Learner:
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, warmup_cosine)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=scaled)
+        self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scaled)
 
     @property
     def lr(self) -> float:

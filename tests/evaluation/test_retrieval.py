@@ -63,7 +63,10 @@ def test_ranks_equal_brute_force(seed: int, images: int, texts: int, levels: int
     if len(query_ids) == 0:
         return
     similarity = np.round(rng.random((len(query_ids), texts)) * levels) / levels
-    got = ranks(torch.tensor(similarity), torch.eye(texts), torch.tensor(query_ids), torch.tensor(candidate_ids))
+    got, right = ranks(
+        torch.tensor(similarity), torch.eye(texts), (torch.tensor(query_ids), torch.tensor(candidate_ids))
+    )
+    assert right.tolist() == [(candidate_ids == q).sum() for q in query_ids]
     assert got.tolist() == brute_force(similarity.astype(np.float32), query_ids.tolist(), candidate_ids.tolist())
 
 
@@ -97,18 +100,19 @@ def test_blocks_and_row_order_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     images = F.normalize(torch.randn(45, 8, generator=generator), dim=-1)
     texts = F.normalize(images + torch.randn(45, 8, generator=generator), dim=-1)
     ids = torch.arange(45) // 2
-    whole = ranks(images, texts, ids, ids)
+    whole = ranks(images, texts, (ids, ids)).rank
     order = torch.randperm(45, generator=generator)
-    assert ranks(images[order], texts[order], ids[order], ids[order]).tolist() == whole[order].tolist()
-    monkeypatch.setattr(retrieval, "BLOCK", 7)
-    assert ranks(images, texts, ids, ids).tolist() == whole.tolist()
+    assert ranks(images[order], texts[order], (ids[order], ids[order])).rank.tolist() == whole[order].tolist()
+    for block in (1, 7 * 45, 8 * 45 + 1):
+        monkeypatch.setattr(retrieval, "BLOCK", block)
+        assert ranks(images, texts, (ids, ids)).rank.tolist() == whole.tolist()
 
 
 def test_same_caption_counts_as_right() -> None:
     """Catches a pool in which three images share a caption and two of them are called wrong."""
     texts = torch.eye(4)[[0, 0, 0, 1]]
     images = torch.eye(4)[[0, 0, 0, 1]]
-    report = retrieval_report(images, texts, torch.tensor([0, 0, 0, 1]), ks=(1,))
+    report = retrieval_report(images, texts, torch.tensor([0, 0, 0, 1]), torch.arange(4), ks=(1,))
     assert report["pool"] == 4
     assert report["image_to_text"]["recall@1"]["value"] == 1 and report["image_to_text"]["mrr"] == 1
     assert recall_at_k(images, texts, ks=(1,))["image_to_text"][1] == 0.25  # told apart, the ties count against
@@ -117,7 +121,7 @@ def test_same_caption_counts_as_right() -> None:
 def test_median_rank_and_mrr_by_hand() -> None:
     """Catches ranks counted from 0 in a report that says rank."""
     texts = torch.tensor([[1.0, 0, 0], [0.9, 0.5, 0], [0.3, 0.2, 0.1]])  # image i is axis i: text ranks 1, 2, 3
-    report = retrieval_report(torch.eye(3), texts, torch.arange(3), ks=(1,))["text_to_image"]
+    report = retrieval_report(torch.eye(3), texts, torch.arange(3), torch.arange(3), ks=(1,))["text_to_image"]
     assert report["median_rank"] == 2 and report["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
 
 
@@ -135,9 +139,10 @@ def test_chance_level_is_the_recall_of_random_orders() -> None:
     for _ in range(4000):
         order = ids[torch.from_numpy(rng.permutation(len(ids)))][:3]
         hits.append((ids[:, None] == order[None, :]).any(dim=1).double().mean().item())
-    assert chance_recall(ids, ids, 3) == pytest.approx(np.mean(hits), abs=0.005)
-    assert chance_recall(torch.arange(100), torch.arange(100), 5) == pytest.approx(0.05)
-    assert chance_recall(torch.arange(4), torch.arange(4), 10) == 1
+    right = (ids[:, None] == ids[None, :]).sum(dim=1)
+    assert chance_recall(right, len(ids), 3) == pytest.approx(np.mean(hits), abs=0.005)
+    assert chance_recall(torch.ones(100), 100, 5) == pytest.approx(0.05)
+    assert chance_recall(torch.ones(4), 4, 10) == 1
 
 
 def test_interval_is_the_binomial_one_for_large_samples() -> None:
@@ -153,3 +158,18 @@ def test_no_hit_at_all_does_not_give_an_interval_of_no_width() -> None:
     """Catches [0.0, 0.0]: 0 of 100 is compatible with 3.6 % (as exact binomial tables have it), 0 of 10 with 31 %."""
     assert bootstrap_interval(torch.zeros(100)) == pytest.approx((0, 0.0362), abs=1e-4)
     assert bootstrap_interval(torch.ones(10)) == pytest.approx((0.6915, 1), abs=1e-4)
+
+
+def test_the_captions_of_one_image_are_drawn_together() -> None:
+    """Catches five captions of an image taken for five independent findings: the interval would be too narrow."""
+    hits = (torch.arange(100) % 2).double().repeat_interleave(5)
+    images = torch.arange(100).repeat_interleave(5)
+    narrow, wide = bootstrap_interval(hits), bootstrap_interval(hits, images)
+    assert wide[1] - wide[0] == pytest.approx(5**0.5 * (narrow[1] - narrow[0]), rel=0.1)
+
+
+def test_the_same_picture_twice_is_right_under_both_captions() -> None:
+    """Catches a picture whose second caption is called wrong because it stands in another row."""
+    images, texts = torch.eye(4)[[0, 0, 1]], torch.eye(4)[[2, 0, 1]]
+    report = retrieval_report(images, texts, torch.arange(3), torch.tensor([0, 0, 1]), ks=(1,))
+    assert report["image_to_text"]["recall@1"]["value"] == 1

@@ -1,0 +1,89 @@
+"""Put well-known mistakes into a copy of the code, one at a time, and see that a test fails: `make mutants`.
+
+A test that cannot fail proves nothing. Each row below is a mistake that published LoRA or CLIP code has made, with the
+line that it changes and the tests that have to notice.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    mistake: str
+    file: str
+    right: str  # as it stands in the file
+    wrong: str
+    tests: str
+
+
+LAYER, INJECT, FILE = "lora/layer.py", "lora/inject.py", "lora/adapter_file.py"
+LOSSES, RETRIEVAL = "clip_medical/training/losses.py", "clip_medical/evaluation/retrieval.py"
+LEARNER, CONTRASTIVE = "clip_medical/training/learner.py", "clip_medical/training/contrastive.py"
+MODEL, BATCHES = "clip_medical/model.py", "clip_medical/data/batches.py"
+
+MUTANTS = [
+    Mutant("B starts random", LAYER, "torch.zeros(base.out_features, rank,", "torch.randn(base.out_features, rank,", "tests/lora"),
+    Mutant("A initialised without sqrt 5", LAYER, "a=math.sqrt(5)", "a=0", "tests/lora"),
+    Mutant("alpha not divided by r", LAYER, "return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)", "return self.alpha", "tests/lora"),
+    Mutant("dropout on the base path", LAYER, "y = self.base(x)", "y = self.base(F.dropout(x, self.dropout, self.training))", "tests/lora"),
+    Mutant("adapter in the base's half precision", LAYER, "torch.empty(rank, base.in_features, device=device, dtype=torch.float32)", "torch.empty(rank, base.in_features, device=device, dtype=base.weight.dtype)", "tests/lora"),
+    Mutant("merge writes into the base", LAYER, "    new.weight.copy_(total)\n", "    new.weight.copy_(total)\n    weight.copy_(total)\n", "tests/lora"),
+    Mutant("dropout live in an eval model", LAYER, "        self.train(base.training)\n", "", "tests/lora"),
+    Mutant("targets match as substrings", INJECT, "if target in wanted and inside:", "if any(w in target for w in wanted) and inside:", "tests/lora"),
+    Mutant("base not frozen", INJECT, "    model.requires_grad_(False)  #", "    pass  #", "tests/lora"),
+    Mutant("lenient loading", FILE, "    _check_tensors(tensors, expected)\n", "", "tests/lora"),
+    Mutant("exp of logit_scale forgotten", LOSSES, ".exp() * image_features", " * image_features", "tests/training/test_losses.py"),
+    Mutant("loss one way only", LOSSES, "_cross_entropy(logits.T, right)) / 2", "_cross_entropy(logits, right)) / 2", "tests/training/test_losses.py"),
+    Mutant("duplicates are negatives", LOSSES, ".any(dim=0)", ".all(dim=0)", "tests/training/test_losses.py"),
+    Mutant("ties count for the model", RETRIEVAL, "(similarity >= best).sum(dim=1) - ((similarity == best) & right).sum(dim=1)", "(similarity > best).sum(dim=1)", "tests/evaluation"),
+    Mutant("NaN accepted", RETRIEVAL, "if not (queries.isfinite().all() and candidates.isfinite().all()):", "if False:", "tests/evaluation"),
+    Mutant("random state not replayed", CONTRASTIVE, "        _restore(state)\n", "", "tests/training/test_contrastive.py"),
+    Mutant("captions left in order of length", CONTRASTIVE, "sorted_texts[in_order]", "sorted_texts", "tests/training/test_contrastive.py"),
+    Mutant("schedule counts skipped steps", LEARNER, "if self.scaler.get_scale() >= before:", "if True:", "tests/training/test_learner.py"),
+    Mutant("gradient clipped before it is unscaled", LEARNER, "        self.scaler.unscale_(self.optimizer)\n", "", "tests/training/test_learner.py"),
+    Mutant("features not normalised", MODEL, "return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)", "return self.model.visual_projection(pooled).float()", "tests/test_model.py"),
+    Mutant("resume begins the data anew", BATCHES, "first = start % batches_per_epoch if", "first = 0 if", "tests/test_train.py"),
+]  # fmt: skip
+
+
+NONE = Mutant("no mistake at all", LAYER, '"""LoRA, the layer', '"""LoRA, the layer', "tests")
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests pass although the mistake is in the code."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", ".*_cache"))
+        file = copy / mutant.file
+        text = file.read_text()
+        if text.count(mutant.right) != 1:
+            sys.exit(
+                f"{mutant.mistake}: {mutant.file} holds {mutant.right!r} {text.count(mutant.right)} times, not once"
+            )
+        file.write_text(text.replace(mutant.right, mutant.wrong))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()]
+        code = subprocess.run(command, cwd=copy, capture_output=True).returncode
+        if code not in (0, 1):
+            sys.exit(f"{mutant.mistake}: pytest could not run the tests (exit code {code})")
+        return code == 0
+
+
+def main() -> None:
+    if not survives(NONE):
+        sys.exit("the tests fail without any mistake: mend that first, or every mistake would seem to be caught")
+    survivors = 0
+    for mutant in MUTANTS:
+        alive = survives(mutant)
+        survivors += alive
+        print(f"{'SURVIVES' if alive else 'caught  '}  {mutant.mistake}", flush=True)
+    sys.exit(f"{survivors} of {len(MUTANTS)} mistakes went unnoticed" if survivors else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The gradient of a large batch in chunks equals the gradient of the batch, to rounding, whatever makes that hard."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from clip_medical.data.batches import Pairs
+from clip_medical.model import Clip
+from clip_medical.training import contrastive
+from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.losses import info_nce, same_rows
+from lora import adapter_parameters, inject
+
+N = 22
+
+
+class Picture:
+    image_mean = image_std = (0.5, 0.5, 0.5)
+
+
+def small_clip(dropout: float = 0.0) -> Clip:
+    torch.manual_seed(0)
+    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
+    text = tower | dict(vocab_size=50, max_position_embeddings=20, eos_token_id=49, bos_token_id=48, pad_token_id=49)
+    config = CLIPConfig(text_config=text, vision_config=tower | dict(image_size=16, patch_size=8), projection_dim=16)
+    clip = Clip(CLIPModel(config), None, Picture(), "small")  # type: ignore[arg-type]
+    inject(clip.model, rank=4, dropout=dropout)
+    for parameter in adapter_parameters(clip.model):
+        torch.nn.init.normal_(parameter, std=0.1)  # away from B = 0, where A would have no gradient to compare
+    clip.model.logit_scale.requires_grad_(True)
+    clip.model.train()
+    return clip
+
+
+def pairs() -> Pairs:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 20, (N,), generator=generator)
+    tokens = torch.randint(0, 48, (N, 20), generator=generator)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length - 1 :] = 49
+    pixels = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    caption_ids = torch.arange(N)
+    caption_ids[7] = caption_ids[2]  # two pairs with the same caption: multi-positives
+    tokens[7], lengths[7] = tokens[2], lengths[2]
+    return Pairs(pixels, tokens, lengths, caption_ids, torch.arange(N))
+
+
+def gradients(clip: Clip) -> list[Tensor]:
+    taken = [p.grad.clone() for p in [*adapter_parameters(clip.model), clip.model.logit_scale] if p.grad is not None]
+    clip.model.zero_grad(set_to_none=True)
+    return taken
+
+
+def one_graph(clip: Clip, data: Pairs, chunk_size: int) -> tuple[Tensor, list[Tensor]]:
+    """The definition: all features in one graph, encoded in the same chunks so that dropout draws the same masks."""
+    order = data.lengths.argsort(stable=True)
+    text_chunk = min(chunk_size, -(-N // contrastive.TEXT_CHUNKS))
+    images = torch.cat([clip.image_features(data.pixels[r]) for r in torch.arange(N).split(chunk_size)])
+    texts = torch.cat([clip.text_features(data.tokens[r], data.lengths[r]) for r in order.split(text_chunk)])
+    positives = same_rows(data.caption_ids, data.image_ids)
+    loss = info_nce(images, texts[order.argsort()], clip.model.logit_scale, positives)
+    loss.backward()
+    return loss.detach(), gradients(clip)
+
+
+def relative(a: list[Tensor], b: list[Tensor]) -> float:
+    flat = [torch.cat([g.flatten() for g in one]) for one in (a, b)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 8, 11, N, 1000])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_chunked_gradients_equal_one_graph(chunk_size: int, dropout: float) -> None:
+    """Catches masks that differ between the passes, a last chunk that is lost, captions left in order of length."""
+    clip, data = small_clip(dropout), pairs()
+    torch.manual_seed(3)
+    expected_loss, expected = one_graph(clip, data, chunk_size)
+    torch.manual_seed(3)
+    loss = contrastive_backward(clip, data, torch.arange(N), chunk_size)
+    torch.testing.assert_close(loss, expected_loss)
+    assert relative(gradients(clip), expected) < 1e-5
+
+
+def test_it_is_not_gradient_accumulation() -> None:
+    """Catches the mean of the chunks' own losses, which has fewer negatives: it must differ, and visibly."""
+    clip, data = small_clip(), pairs()
+    contrastive_backward(clip, data, torch.arange(N), 1000)
+    whole = gradients(clip)
+    for rows in torch.arange(N).split(N // 2):
+        contrastive_backward(clip, data, rows, 1000, scale=lambda loss: loss / 2)
+    assert relative(gradients(clip), whole) > 0.05
+
+
+def test_the_random_state_afterwards_is_that_of_one_pass() -> None:
+    """Catches a replay that leaves the generator rewound, so that the next step draws the same masks again."""
+    clip, data = small_clip(dropout=0.3), pairs()
+    states = []
+    for step in (lambda: one_graph(clip, data, 5), lambda: contrastive_backward(clip, data, torch.arange(N), 5)):
+        torch.manual_seed(3)
+        step()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("chunk_size", [5, 1000])
+def test_gradients_are_the_same_with_checkpointing(chunk_size: int) -> None:
+    """Catches adapters that checkpointing cuts off, in the plain step and in the chunked one."""
+    clip, data = small_clip(dropout=0.2), pairs()
+    results = []
+    for on in (False, True):
+        if on:
+            clip.model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        contrastive_backward(clip, data, torch.arange(N), chunk_size)
+        results.append(gradients(clip))
+    assert relative(*results) < 1e-6
+
+
+def test_scaling_reaches_every_gradient() -> None:
+    """Catches a loss scale that is applied on the features' side only."""
+    clip, data = small_clip(), pairs()
+    contrastive_backward(clip, data, torch.arange(N), 5)
+    plain = gradients(clip)
+    contrastive_backward(clip, data, torch.arange(N), 5, scale=lambda loss: 1024 * loss)
+    assert relative([g / 1024 for g in gradients(clip)], plain) < 1e-5
