@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -30,9 +31,10 @@ def parse(kind: type[Options], arguments: list[str], command: str, default: Opti
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        box = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # tyro's message up to its first ruler
-        message = " ".join(box[: next((i for i, line in enumerate(box) if line.startswith("──")), None)])
-        raise UserError(f"{message.rstrip('.')}: `{command} --help` lists the flags.") from None
+        # tyro's message stands in a box, between its first two rulers; they are of - where stdout is not UTF-8
+        box = re.split("[─-]{4,}", said.getvalue(), maxsplit=2)
+        words = " ".join(box[min(1, len(box) - 1)].translate(dict.fromkeys(map(ord, "│╮╰"), " ")).split())
+        raise UserError(f"{words.rstrip('.')}: `{command} --help` lists the flags.") from None
 
 
 def exit_code(name: str, action: Callable[[], int]) -> int:
