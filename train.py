@@ -4,8 +4,6 @@ Read `run` from top to bottom: data -> model -> inject -> loop -> report -> save
 lora/layer.py, what the loss is in clip_medical/training/losses.py; each flag is a field of clip_medical/config.py.
 """
 
-import contextlib
-import io
 import json
 import math
 import shlex
@@ -17,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from tqdm import tqdm
 
+from clip_medical import command_line
 from clip_medical.config import PRESETS, Config
 from clip_medical.data.batches import Pairs, prepare, row_batches
 from clip_medical.data.sources import load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_text, environment, evaluate, table, write_report
 from clip_medical.model import Clip, load_clip
+from clip_medical.provenance import data_fingerprint
 from clip_medical.runs import STATE, choose_folder, load_run, save_run, write_text
 from clip_medical.training.learner import Learner
 from clip_medical.training.losses import info_nce, same_rows
 from clip_medical.training.precision import choose_device, choose_precision
-from lora import LoRAError, adapter_parameters, count_parameters, disabled, inject
+from lora import adapter_parameters, count_parameters, disabled, inject
 
 
 def run(preset: str, config: Config) -> int:
@@ -73,7 +72,17 @@ def run(preset: str, config: Config) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", json.dumps(asdict(config) | {"preset": preset}, indent=2) + "\n")
     done = loop(clip, pairs, config, learner, folder, done, steps)
-    save_run(clip, folder, config)
+    count = count_parameters(clip.model)
+    facts: dict[str, Any] = {
+        "run": {"command": shlex.join(["python", *sys.argv]), "preset": preset, "seed": config.seed},
+        "data": {"source": data.source, "training pairs": len(train), "held-out pairs": len(held_out),
+                 "fingerprint": data_fingerprint(data)},
+        "model": {"base": config.model, "revision": clip.revision, "fingerprint": clip.fingerprint,
+                  "rank": config.rank, "trainable parameters": count.trainable,
+                  "base parameters": count.total, "trainable in per cent": round(count.percent, 3)},
+        "environment": environment(),
+    }  # fmt: skip
+    save_run(clip, folder, config, facts)
     if done < steps:
         flags = [flag for flag in sys.argv if flag != "--resume"] + ([] if config.output else ["--output", str(folder)])
         print(f"\nStopped after step {done} of {steps}; the adapter and a checkpoint stand in {folder}. To go on:")
@@ -85,17 +94,9 @@ def run(preset: str, config: Config) -> int:
         before = evaluate(clip, held_out_pairs, held_out)
     after = evaluate(clip, held_out_pairs, held_out)
     print(f"\n{as_text(table(before.results, after.results))}")
-    count = count_parameters(clip.model)
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    facts = {
-        "run": {"command": shlex.join(["python", *sys.argv]), "preset": preset, "seed": config.seed},
-        "data": {"source": data.source, "training pairs": len(train), "held-out pairs": len(held_out)},
-        "model": {"base": config.model, "rank": config.rank, "trainable parameters": count.trainable,
-                  "base parameters": count.total, "trainable in per cent": round(count.percent, 3)},
-        "training": {"steps": steps, "batch size": config.batch_size, "learning rate": config.lr,
-                     "first loss": losses[0], "last loss": sum(losses[-20:]) / len(losses[-20:])},
-        "environment": environment(),
-    }  # fmt: skip
+    facts["training"] = {"steps": steps, "batch size": config.batch_size, "learning rate": config.lr,
+                         "first loss": losses[0], "last loss": sum(losses[-20:]) / len(losses[-20:])}  # fmt: skip
     write_report(folder, facts, before, after, held_out, losses)
 
     # what was saved is what was trained: read it back and compare
@@ -191,27 +192,11 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
     if preset not in PRESETS:
         raise UserError(f"there is no preset {preset!r}: the first word may be one of {', '.join(PRESETS)}.")
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return preset, tyro.cli(Config, default=PRESETS[preset], args=arguments, prog=f"train.py {preset}")
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        box = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # tyro's message up to its first ruler
-        message = " ".join(box[: next((i for i, line in enumerate(box) if line.startswith("──")), None)])
-        raise UserError(f"{message.rstrip('.')}: `python train.py {preset} --help` lists the flags.") from None
+    return preset, command_line.parse(Config, arguments, f"python train.py {preset}", PRESETS[preset])
 
 
 def main() -> int:
-    try:
-        return run(*parse(sys.argv[1:]))
-    except (UserError, LoRAError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
+    return command_line.exit_code("train.py", lambda: run(*parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from clip_medical.data.images import decode, resize_and_crop
 from clip_medical.errors import UserError
+from clip_medical.provenance import weights_fingerprint
 
 TINY = Path(__file__).parent / "assets" / "tiny-clip"
 
@@ -23,13 +24,26 @@ class Clip:
 
     image_features and text_features take tensors and carry gradients: training uses them. encode_images and
     encode_texts take pictures and sentences, work in batches and carry none. All four return (N, D) fp32 rows of unit
-    length, so that a product of two rows is their cosine.
+    length, so that a product of two rows is their cosine. classify and search put such products to use.
+
+    fingerprint and revision say which weights these are: a hash of the base, and its commit where it is from the Hub.
     """
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, picture: CLIPImageProcessor, name: str) -> None:
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        picture: CLIPImageProcessor,
+        name: str,
+        fingerprint: str = "",
+        revision: str | None = None,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.image_processor = picture  # kept for export; the arithmetic below is our own
         self.name = name
+        self.fingerprint = fingerprint
+        self.revision = revision
         config: Any = model.config
         self.image_size: int = config.vision_config.image_size
         self.context_length: int = config.text_config.max_position_embeddings
@@ -85,12 +99,41 @@ class Clip:
         features = torch.cat([self.text_features(ids[rows], lengths[rows]).cpu() for rows in order.split(batch_size)])
         return features[order.argsort()]
 
+    @torch.no_grad()
+    def classify(self, image: Image.Image, labels: Sequence[str]) -> dict[str, float]:
+        """Label -> probability: the softmax, in fp32 at the model's own temperature, over the cosines to the labels.
 
-def load_clip(name: str = "tiny-clip", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
+        A label is a sentence that the model reads as it stands: "X-ray of the chest" tells it more than "chest". The
+        probabilities share out 1 among these labels; that none of them fits is not among the answers.
+        """
+        if not labels or isinstance(labels, str) or len(set(labels)) < len(labels):
+            raise UserError(f"labels are {labels!r}: give a list of sentences, each of them once.")
+        cosines = (self.encode_images([image]) @ self.encode_texts(labels).T)[0]
+        probabilities = (self.model.logit_scale.detach().float().exp().cpu() * cosines).softmax(dim=0)
+        return dict(zip(labels, probabilities.tolist(), strict=True))
+
+    def search(self, text: str, features: Tensor, k: int = 5) -> list[tuple[int, float]]:
+        """The k images nearest to `text`, best first, as (row of `features`, cosine).
+
+        features  (N, D) as encode_images gives them: encoded once, searched as often as you like
+        """
+        if not text or features.ndim != 2 or k < 1:
+            raise UserError("search needs a sentence, the (N, D) features of encode_images and a k of 1 or more.")
+        best = (features @ self.encode_texts([text])[0]).topk(min(k, len(features)))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def load_clip(
+    name: str = "tiny-clip",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Clip:
     """Load a CLIP in eval mode, its weights in `dtype`, its temperature in fp32.
 
-    name  "tiny-clip" (the one in this repository), a folder in Hugging Face's layout, or a name on the Hub such as
-          "openai/clip-vit-base-patch32". All three go through the same from_pretrained.
+    name      "tiny-clip" (the one in this repository), a folder in Hugging Face's layout, or a name on the Hub such as
+              "openai/clip-vit-base-patch32". All three go through the same from_pretrained.
+    revision  commit, tag or branch on the Hub; default: its newest
 
     Raises UserError if it is none of these, cannot be reached, or is not a CLIP.
     """
@@ -102,7 +145,8 @@ def load_clip(name: str = "tiny-clip", device: torch.device | str = "cpu", dtype
         )
     transformers_logging.disable_progress_bar()
     try:
-        parts: list[Any] = [kind.from_pretrained(source) for kind in (CLIPModel, CLIPTokenizer, CLIPImageProcessor)]
+        kinds: list[Any] = [CLIPModel, CLIPTokenizer, CLIPImageProcessor]
+        parts: list[Any] = [kind.from_pretrained(source, revision=revision or "main") for kind in kinds]
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -110,6 +154,7 @@ def load_clip(name: str = "tiny-clip", device: torch.device | str = "cpu", dtype
             "a local folder with config.json, model.safetensors and the tokenizer, or tiny-clip."
         ) from error
     model, tokenizer, picture = parts
+    fingerprint = weights_fingerprint(model)  # of the weights as published, before they are cast to `dtype`
     model.to(device=device, dtype=dtype)
     model.logit_scale.data = model.logit_scale.data.float()
-    return Clip(model, tokenizer, picture, name)
+    return Clip(model, tokenizer, picture, name, fingerprint, getattr(model.config, "_commit_hash", None))

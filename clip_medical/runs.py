@@ -1,24 +1,31 @@
 """The run folder, the contract between training and everything that comes after it.
 
-config.json      the Config of the run, with its preset      adapter/      the adapter, in PEFT's layout
-metrics.jsonl    one object a step                           checkpoint/   what --resume goes on from
-report.json, report.md, figures/*.png
+config.json      the Config of the run, with its preset      adapter/      the adapter, in PEFT's layout, and beside it
+metrics.jsonl    one object a step                                         what PEFT has no place for and does not read
+report.json, report.md, figures/*.png                        checkpoint/   what --resume goes on from
 """
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from clip_medical.config import Config
 from clip_medical.errors import UserError
 from clip_medical.model import Clip, load_clip
 from lora import load_adapter, save_adapter
+from lora.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 
 STATE = Path("checkpoint", "state.pt")
-SCALE = Path("adapter", "logit_scale.json")  # where the temperature was trained: PEFT's layout has no place for it
+SCALE = "logit_scale.json"  # in adapter/, where the temperature was trained
+PROVENANCE = "provenance.json"  # in adapter/: command, seed, versions, fingerprints of the base and of the data
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SCALE, PROVENANCE)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def choose_folder(preset: str, config: Config) -> Path:
@@ -63,24 +70,76 @@ def write_text(file: Path, text: str) -> None:
     os.replace(beside, file)
 
 
-def save_run(clip: Clip, folder: Path, config: Config) -> None:
-    """Write the adapter of a run, and the temperature beside it where that was learned."""
-    save_adapter(clip.model, folder / "adapter", base_model=config.model)
+def save_run(clip: Clip, folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Write the adapter of a run; beside it the temperature, where that was learned, and `facts`, its provenance."""
+    adapter = folder / "adapter"
+    save_adapter(clip.model, adapter, base_model=config.model)
     if config.train_logit_scale:
-        write_text(folder / SCALE, json.dumps({"logit_scale": clip.model.logit_scale.item()}) + "\n")
+        write_text(adapter / SCALE, json.dumps({"logit_scale": clip.model.logit_scale.item()}) + "\n")
+    write_text(adapter / PROVENANCE, json.dumps(facts, indent=2) + "\n")
 
 
-def load_run(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
-    """The adapted model of a run: its base with the adapter that stands in `folder`/adapter, in eval mode.
+def load_run(run: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
+    """The adapted model of a run: its base with the adapter and, where it was trained, its temperature; in eval mode.
 
-    Raises UserError if there is no such run, LoRAError if its adapter does not fit the base.
+    run  a run folder, an exported adapter or any other folder with an adapter of PEFT for CLIP, or the name
+         "owner/name" of such an adapter on the Hugging Face Hub
+
+    Raises UserError if there is no adapter, or if the weights of its base are no longer those that it was trained on;
+    LoRAError if it does not fit the base.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / "adapter").is_dir():
-        raise UserError(f"{folder} is not a run: expected config.json and adapter/ in it, as train.py writes them.")
-    clip = load_clip(json.loads((folder / "config.json").read_text())["model"], device, dtype)
-    load_adapter(clip.model, folder / "adapter")
-    if (folder / SCALE).is_file():
-        clip.model.logit_scale.data.fill_(json.loads((folder / SCALE).read_text())["logit_scale"])
+    adapter = _find_adapter(run)
+    model = read_json(adapter / PROVENANCE).get("model", {})
+    base = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter / CONFIG_FILE} names no base model: write its name there, base_model_name_or_path.")
+    clip = load_clip(base, device, dtype, model.get("revision"))
+    expected = model.get("fingerprint", clip.fingerprint)  # an adapter of PEFT's own making brings none
+    if expected != clip.fingerprint:
+        raise UserError(
+            f"the adapter in {adapter} was trained on other weights than {base} holds now (fingerprint "
+            f"{expected[:12]}, found {clip.fingerprint[:12]}): bring back that version of the base, or train again."
+        )
+    load_adapter(clip.model, adapter)
+    scale = read_json(adapter / SCALE).get("logit_scale")
+    if scale is not None:
+        clip.model.logit_scale.data.fill_(scale)
     clip.model.eval()
     return clip
+
+
+def _find_adapter(run: str | Path) -> Path:
+    """The folder with the adapter, on this machine: the one given, adapter/ in it, or a copy of what the Hub has."""
+    folder = Path(run)
+    for adapter in (folder, folder / "adapter"):
+        if (adapter / CONFIG_FILE).is_file():
+            return adapter
+    if folder.is_dir() or folder.parent != Path() and folder.parent.is_dir() or not HUB_ID.fullmatch(str(run)):
+        raise UserError(
+            f"{folder} holds no adapter: give a run of train.py that has saved one, an exported adapter, or the name "
+            "of one on the Hub; a merged model is loaded with load_clip."
+        )
+    try:
+        adapter = Path(snapshot_download(str(run), allow_patterns=list(ADAPTER_FILES)))
+    except (OSError, ValueError) as error:  # HfHubHTTPError and no network are OSErrors, a bad name is a ValueError
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{run} is neither a folder here nor an adapter on the Hub that can be read ({reason}): "
+            "check the name, the network and, for a private one, `hf auth login`."
+        ) from error
+    if not (adapter / CONFIG_FILE).is_file():
+        raise UserError(f"{run} on the Hub holds no adapter: a whole model is loaded with load_clip.")
+    return adapter
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`; {} where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise UserError(f"{file} is not JSON ({error}): copy it again from where it came, or train again.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds a JSON {type(found).__name__}, expected an object: copy or train it again.")
+    return found

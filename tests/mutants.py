@@ -26,6 +26,7 @@ LAYER, INJECT, FILE = "lora/layer.py", "lora/inject.py", "lora/adapter_file.py"
 LOSSES, RETRIEVAL = "clip_medical/training/losses.py", "clip_medical/evaluation/retrieval.py"
 LEARNER, CONTRASTIVE = "clip_medical/training/learner.py", "clip_medical/training/contrastive.py"
 MODEL, BATCHES = "clip_medical/model.py", "clip_medical/data/batches.py"
+RUNS, EXPORT, ONNX = "clip_medical/runs.py", "clip_medical/export.py", "clip_medical/onnx_export.py"
 
 MUTANTS = [
     Mutant("B starts random", LAYER, "torch.zeros(base.out_features, rank,", "torch.randn(base.out_features, rank,", "tests/lora"),
@@ -49,6 +50,14 @@ MUTANTS = [
     Mutant("gradient clipped before it is unscaled", LEARNER, "        self.scaler.unscale_(self.optimizer)\n", "", "tests/training/test_learner.py"),
     Mutant("features not normalised", MODEL, "return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)", "return self.model.visual_projection(pooled).float()", "tests/test_model.py"),
     Mutant("resume begins the data anew", BATCHES, "first = start % batches_per_epoch if", "first = 0 if", "tests/test_train.py"),
+    Mutant("probabilities without the temperature", MODEL, ".float().exp().cpu()", ".float().cpu()", "tests/export"),
+    Mutant("base of the adapter not checked", RUNS, "if expected != clip.fingerprint:", "if False:", "tests/export"),
+    Mutant("trained temperature left behind", RUNS, "(CONFIG_FILE, WEIGHTS_FILE, SCALE, PROVENANCE)", "(CONFIG_FILE, WEIGHTS_FILE, PROVENANCE)", "tests/export"),
+    Mutant("cast before the merge", EXPORT, "    merge(clip.model)\n    off", "    clip.model.to(dtype)\n    merge(clip.model.float())\n    off", "tests/export"),
+    Mutant("export written in place", EXPORT, "        yield part\n        os.rename(part, folder)", "        folder.mkdir()\n        yield folder", "tests/export"),
+    Mutant("upload without a yes", EXPORT, "    if not confirmed:", "    if False:", "tests/export"),
+    Mutant("batch and length frozen by the tracing", ONNX, "dynamic_shapes=shapes, ", "", "tests/export"),
+    Mutant("ONNX files not compared", ONNX, "    if not max(differences.values()) < TOLERANCE:", "    if False:", "tests/export"),
 ]  # fmt: skip
 
 

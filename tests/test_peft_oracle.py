@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from lora import LoRALinear, adapter_parameters, inject, load_adapter, save_adapter
+from lora import LoRALinear, adapter_parameters, inject, load_adapter, merge, save_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -55,8 +56,12 @@ def randomise(model: nn.Module) -> None:
 
 CASES = {
     "plain": {},
+    "rank 1": {"r": 1},
+    "rank 24": {"r": 24, "lora_alpha": 5},
     "rslora": {"use_rslora": True},
-    "one tower": {"target_modules": r"vision_model\..*\.(q_proj|v_proj)"},
+    "rslora with patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 11}},
+    "image tower": {"target_modules": r"vision_model\..*\.(q_proj|v_proj)"},
+    "text tower": {"target_modules": r"text_model\..*\.(q_proj|v_proj)"},
     "patterns": {
         "rank_pattern": {"text_model.encoder.layers.1.self_attn.q_proj": 7, "v_proj": 2},
         "alpha_pattern": {"vision_model.*q_proj": 3},
@@ -93,6 +98,23 @@ def test_peft_to_us_and_back(tmp_path, case):
     torch.testing.assert_close(logits(again), expected, rtol=1e-6, atol=1e-6)
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters() if "lora_" in n} for m in (again, theirs)]
     assert shapes[0] == shapes[1], "the same layers, no more and no fewer"
+
+
+@pytest.mark.parametrize("case", ["plain", "rslora with patterns", "image tower", "text tower"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_adapter_stored_in_half_precision(tmp_path, case, dtype):
+    """Catches half-precision tensors that are refused, kept in half precision, or read as something else; and a merge
+    that differs from PEFT's."""
+    peft_model(**CASES[case]).to(dtype).save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {dtype}
+    theirs, ours = peft.PeftModel.from_pretrained(make_clip(), tmp_path).eval(), make_clip()
+    load_adapter(ours, tmp_path)
+    assert {p.dtype for p in adapter_parameters(ours)} == {torch.float32}
+    expected = logits(theirs)
+    assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must show"
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-6, atol=1e-6)
+    merge(ours)
+    torch.testing.assert_close(logits(ours), logits(theirs.merge_and_unload()), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("within", [None, "text_model", ["vision_model"], "vision_model.encoder.layers.1"])

@@ -48,7 +48,8 @@ def test_a_run_leaves_what_its_contract_says(finished: Path) -> None:
     files = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
     figures = {f"figures/{name}.png" for name in ("loss", "recall", "zero_shot", "search")}
     expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "checkpoint/state.pt"} | figures
-    assert expected | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} == files
+    adapter = {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json")}
+    assert expected | adapter == files
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps] == [1, 2, 3, 4]
     assert all(np.isfinite(s["loss"]) and s["lr"] > 0 and s["pairs_per_second"] > 0 for s in steps)
