@@ -95,7 +95,7 @@ def test_the_asset_is_small_and_says_how_it_was_made() -> None:
 
 def test_what_is_no_clip_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches tracebacks from the depths of transformers."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="config.json"):
         load_clip(str(tmp_path))
     with pytest.raises(UserError, match="nobody/nothing"):
