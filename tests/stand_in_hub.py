@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
             deeper = {e["path"].removeprefix(under).lstrip("/").split("/")[0] for e in inside if e not in direct}
             return self.json(direct + [{"type": "directory", "path": "/".join(filter(None, (under, d))),
                                         "oid": "0" * 40, "size": 0} for d in sorted(deeper)])  # fmt: skip
-        siblings = [{"rfilename": e["path"]} for e in entries]
+        siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in entries]
         self.json({"_id": "0" * 24, "id": name, "sha": self.commit(folder), "private": False, "gated": False,
                    "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings,
                    "lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z"})  # fmt: skip
@@ -136,8 +136,13 @@ class Handler(BaseHTTPRequestHandler):
         if not (folder / path).is_file():
             return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "EntryNotFound"})
         data = (folder / path).read_bytes()
-        headers = {"ETag": f'"{blob(folder / path)}"', "X-Repo-Commit": self.commit(folder), "Accept-Ranges": "bytes",
-                   "X-Linked-Size": str(len(data)), "Content-Disposition": f'inline; filename="{Path(path).name}";'}  # fmt: skip
+        headers = {
+            "ETag": f'"{blob(folder / path)}"',
+            "X-Repo-Commit": self.commit(folder),
+            "Accept-Ranges": "bytes",
+            "X-Linked-Size": str(len(data)),
+            "Content-Disposition": f'inline; filename="{Path(path).name}";',
+        }
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         status, whole = 200, len(data)
         if wanted:
@@ -241,8 +246,9 @@ def roco_folder(folder: Path, train: int = 60, held_out: int = 20, shards: int =
     import datasets
 
     rng = np.random.default_rng(0)
-    schema = datasets.Features({"image": datasets.Image(), "image_id": datasets.Value("string"),
-                                "caption": datasets.Value("string"), "cui": datasets.List(datasets.Value("string"))})  # fmt: skip
+    word = datasets.Value("string")
+    columns = {"image": datasets.Image(), "image_id": word, "caption": word, "cui": datasets.List(word)}
+    schema = datasets.Features(columns)
     for split, count in {"train": train, "validation": held_out, "test": held_out}.items():
         rows = []
         for i in range(count):
@@ -260,8 +266,10 @@ def roco_folder(folder: Path, train: int = 60, held_out: int = 20, shards: int =
             path = folder / "data" / f"{split}-{shard:05}-of-{shards:05}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             part.to_parquet(path, batch_size=row_group)
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
-        f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train", "validation", "test")) + "---\n")  # fmt: skip
+    card = [f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train", "validation", "test")]
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(card) + "---\n"
+    )
     return folder
 
 

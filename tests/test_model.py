@@ -103,7 +103,7 @@ def test_what_is_no_clip_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: p
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError):
         load_clip(str(tmp_path))
-    with pytest.raises(UserError, match="not a run"):
+    with pytest.raises(UserError, match="holds no adapter"):
         load_run(tmp_path / "nowhere")
 
 
