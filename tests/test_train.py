@@ -204,7 +204,7 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(
     """Catches a traceback, another exit code, a message that does not name what is wrong, and a stray folder."""
     rows = [(f"{i}.png", f"picture {i}") for i in range(20)]
     picture_folder(tmp_path / "good", rows)
-    picture_folder(tmp_path / "columns", rows, header=("pixels", "words"))
+    picture_folder(tmp_path / "columns", rows, header=("file_name", "words"))
     picture_folder(tmp_path / "missing", [*rows, ("missing.png", "a picture that is not there")])
     picture_folder(tmp_path / "empty", [*rows, ("0.png", " ")])
     (picture_folder(tmp_path / "damaged", rows) / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
