@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clip_medical.data.cache import Cache, numbered, open_cache
+from clip_medical.data.cache import Cache, open_cache
 from clip_medical.data.sources import Split
 from clip_medical.model import Clip
 
@@ -74,10 +74,10 @@ def prepare(split: Split, clip: Clip, name: str) -> Pairs:
     cache = open_cache(split, clip.image_size, name)
     kept = split.select(cache.rows.tolist())
     tokens, lengths, cut = _tokens(clip, kept.captions, cache.folder)
-    captions, images = torch.from_numpy(numbered(kept.captions)), torch.from_numpy(cache.image_ids)
+    captions, images = _numbered(kept.captions), torch.from_numpy(cache.image_ids)
     summary = (
-        f"{len(kept):,} pictures in {cache.folder}; {_repeated(images):.1%} of them and {_repeated(captions):.1%} of the "
-        "captions are there more than once"
+        f"{len(kept):,} pictures in {cache.folder}; {_repeated(images):.1%} of them and {_repeated(captions):.1%} of "
+        "the captions are there more than once"
     )
     if cut:
         summary += f"; {cut:,} captions cut to {clip.context_length} tokens"
@@ -101,6 +101,12 @@ def _tokens(clip: Clip, captions: list[str], folder: Path) -> tuple[Tensor, Tens
         part.replace(path)
     found = load_file(path)
     return found["ids"].long(), found["lengths"], int(found["cut"])
+
+
+def _numbered(values: list[str]) -> Tensor:
+    """(N,) int64: equal values get equal numbers."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
 
 
 def _repeated(ids: Tensor) -> float:

@@ -243,7 +243,8 @@ def _publish(split: Split, order: list[int], parts: list[Part], part_folder: Pat
     digests = np.array([d for part in parts for d in part.digests])
     rows = np.flatnonzero(channels[in_order])
     kept = in_order[rows]
-    index = {"rows": rows, "offsets": offsets[kept], "channels": channels[kept], "image_ids": numbered(digests[kept])}
+    index = {"rows": rows, "offsets": offsets[kept], "channels": channels[kept]}
+    index["image_ids"] = np.unique(digests[kept], return_inverse=True)[1]
     bad = [entry for part in parts for entry in part.unreadable]
     about = {"images": len(rows), "unreadable": len(bad), "size": size, "first": split.origins[order[0]],
              "last": split.origins[order[-1]]}  # fmt: skip
@@ -251,12 +252,6 @@ def _publish(split: Split, order: list[int], parts: list[Part], part_folder: Pat
     _write_unreadable(split, bad, part_folder / "unreadable.tsv")
     (part_folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     os.rename(part_folder, folder)
-
-
-def numbered(values: Iterable[Any]) -> np.ndarray:
-    """(N,) int64: equal values get equal numbers, from 0 in order of appearance."""
-    numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
 
 
 def _cores() -> int:

@@ -1,4 +1,7 @@
-"""DICOM -> the 8-bit pixels that a radiologist would be shown. Needs pydicom: `pip install 'clip-medical-lora[dicom]'`."""
+"""DICOM -> the 8-bit pixels that a radiologist would be shown.
+
+Needs pydicom, an optional extra: `pip install 'clip-medical-lora[dicom]'`.
+"""
 
 import io
 

@@ -21,13 +21,17 @@ def hub_shards(name: str, revision: str | None, streaming: bool) -> tuple[str, l
         if paths and not streaming:
             root = huggingface_hub.snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=paths)
     except GatedRepoError as error:
-        raise UserError(f"{name} on the Hub is open to members alone: ask for access on its page, then `hf auth login`.") from error
+        raise UserError(
+            f"{name} on the Hub is open to members alone: ask for access on its page, then `hf auth login`."
+        ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{name} on the Hub has no revision {revision!r}: give --revision a commit, tag or branch of it.") from error
+        raise UserError(
+            f"{name} on the Hub has no revision {revision!r}: give --revision a commit, tag or branch of it."
+        ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"--data {name} is no file or folder here and no data set on the Hub ({huggingface_hub.constants.ENDPOINT}): "
-            "check the name; a private one needs `hf auth login`."
+            f"--data {name} is no file or folder here and no data set on {huggingface_hub.constants.ENDPOINT}: check "
+            "the name; a private one needs `hf auth login`."
         ) from error
     except Exception as error:  # no network, a proxy, a server in trouble: huggingface_hub passes on what httpx raises
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -6,7 +6,6 @@ Hub too, where a few megabytes do instead of 18.6 GB; and the images follow a ro
 
 import os
 import random
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,6 @@ from clip_medical.errors import UserError
 T = TypeVar("T")
 HUB = "hf://"
 CONNECTIONS = 8  # shards or row groups fetched from the Hub at a time
-TRIES = 5  # for each of them, with 1, 2, 4 and 8 seconds between
 
 
 class Shard(NamedTuple):
@@ -163,7 +161,7 @@ def read_group(group: Group, columns: list[str]) -> Any:
         with _open(group.shard.path) as file:
             return pq.ParquetFile(file, metadata=group.metadata, pre_buffer=True).read_row_group(group.number, columns)
 
-    return _patiently(group.shard.path, read)
+    return _explained(group.shard.path, read)
 
 
 def _footer(shard: Shard) -> Any:
@@ -173,7 +171,7 @@ def _footer(shard: Shard) -> Any:
         with _open(shard.path) as file:
             return pq.read_metadata(file)
 
-    return _patiently(shard.path, read)
+    return _explained(shard.path, read)
 
 
 def _open(path: str) -> Any:
@@ -184,20 +182,15 @@ def _open(path: str) -> Any:
     return HfFileSystem().open(path, "rb", cache_type="none")  # pyarrow asks for whole pieces: nothing to read ahead
 
 
-def _patiently(path: str, read: Callable[[], T]) -> T:
-    """What `read` returns. A connection to the Hub breaks sooner or later in 18.6 GB: it is tried again."""
-    for wait in [2**n for n in range(TRIES - 1)] if path.startswith(HUB) else []:
-        try:
-            return read()
-        except Exception:  # of the network, its libraries or pyarrow, for bytes that did not come
-            time.sleep(wait)
+def _explained(path: str, read: Callable[[], T]) -> T:
+    """What `read` returns, or one sentence. A broken connection is none yet: huggingface_hub tries again, 5 times."""
     try:
         return read()
-    except Exception as error:
+    except Exception as error:  # of the network and its libraries, of pyarrow, of the file system
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         if path.startswith(HUB):
             raise UserError(
-                f"{path} did not come from the Hub in {TRIES} tries ({reason}): check the network and give the same "
-                "command again, which goes on where it stopped, or download the data and give --data the folder."
+                f"{path} did not come from the Hub ({reason}): check the network and give the same command again, "
+                "which goes on where it stopped, or download the data and give --data the folder."
             ) from error
         raise UserError(f"{path}: Parquet cannot be read: {reason}.") from error

@@ -37,7 +37,7 @@ CODES = {
 
 
 def labels_from_cui(cells: Sequence[Any]) -> dict[str, list[str]]:
-    """N lists of codes (None for none) -> facet -> N labels, "" where no code says; the first code of a facet counts."""
+    """N lists of codes (None for none) -> facet -> N labels, "" where no code says; the first of a facet counts."""
     return {
         facet: [next((names[code] for code in codes or () if code in names), "") for codes in cells]
         for facet, names in CODES.items()
