@@ -122,7 +122,7 @@ class Part(NamedTuple):
     end: int
     channels: list[int]  # of each row, in reading order; 0: unreadable
     digests: list[str]  # of each row's pixels; "" where unreadable
-    unreadable: list[tuple[int, str]]  # row of the split, reason
+    unreadable: list[list[Any]]  # row of the split, reason
 
 
 def _first_pass(split: Split, size: int, name: str, folder: Path) -> None:
@@ -179,7 +179,7 @@ def _write_part(rows: list[int], squares: Iterator[np.ndarray | str], pixels: An
     for row in rows:
         square = next(squares)
         if isinstance(square, str):
-            part.unreadable.append((row, square))
+            part.unreadable.append([row, square])
         else:
             pixels.write(square)
         part.channels.append(0 if isinstance(square, str) else len(square))
@@ -219,7 +219,7 @@ def _check_space(folder: Path, left: int, size: int, parts: list[Part]) -> None:
 
 
 def _check_readable(split: Split, parts: list[Part], part_folder: Path) -> None:
-    bad = [entry for part in parts for entry in part.unreadable]
+    bad = sorted(entry for part in parts for entry in part.unreadable)
     if len(bad) <= TOLERATED * len(split):
         return
     listed = part_folder.with_suffix(".unreadable.tsv")
@@ -232,8 +232,8 @@ def _check_readable(split: Split, parts: list[Part], part_folder: Path) -> None:
     )
 
 
-def _write_unreadable(split: Split, bad: list[tuple[int, str]], path: Path) -> None:
-    path.write_text("".join(f"{split.ids[row]}\t{reason}\n" for row, reason in sorted(bad)))
+def _write_unreadable(split: Split, bad: list[list[Any]], path: Path) -> None:
+    path.write_text("".join(f"{split.ids[row]}\t{reason}\n" for row, reason in bad))
 
 
 def _publish(split: Split, order: list[int], parts: list[Part], part_folder: Path, folder: Path, size: int) -> None:
@@ -245,7 +245,7 @@ def _publish(split: Split, order: list[int], parts: list[Part], part_folder: Pat
     kept = in_order[rows]
     index = {"rows": rows, "offsets": offsets[kept], "channels": channels[kept]}
     index["image_ids"] = np.unique(digests[kept], return_inverse=True)[1]
-    bad = [entry for part in parts for entry in part.unreadable]
+    bad = sorted(entry for part in parts for entry in part.unreadable)
     about = {"images": len(rows), "unreadable": len(bad), "size": size, "first": split.origins[order[0]],
              "last": split.origins[order[-1]]}  # fmt: skip
     save_file({name: np.ascontiguousarray(values) for name, values in index.items()}, part_folder / "index.safetensors")

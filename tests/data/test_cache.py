@@ -3,12 +3,10 @@
 import io
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,8 +128,8 @@ def test_a_few_unreadable_images_are_listed_and_many_stop_the_run(own_root: Path
     assert len(found) == 98
     listed = (found.folder / "unreadable.tsv").read_text()
     assert listed == "".join(f"row {i}\timage {i} cannot be read: on purpose.\n" for i in (7, 12))
-    with pytest.raises(UserError, match=r"^3 images .* 2% of all 100: image 7 .*; image 12 .*; image 13 ") as caught:
-        open_cache(made_split(100, bad=(7, 12, 13, 99), backwards=True).select(range(100)), SIZE, "test")
+    with pytest.raises(UserError, match=r"^3 images .* 2% of all 100: image 12 .*; image 13 .*; image 99 ") as caught:
+        open_cache(made_split(100, bad=(7, 12, 13, 99), backwards=True), SIZE, "test")
     listed = str(caught.value).split("see ")[1].split(",")[0]
     assert len(Path(listed).read_text().splitlines()) == 3
     assert not list(own_root.glob("*.part"))  # catches a mended archive refused for what the journal says
@@ -197,54 +195,68 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeyp
 
 # ---- kills
 
-FIRST_PASS = """
-import sys, time
+PICTURES = """
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 from clip_medical.data import cache
 from clip_medical.data.sources import load_data
+
 cache.PART = 8
-print("begins", flush=True)
-cache.open_cache(load_data(sys.argv[1]).train, 16, "test")
+data = load_data(sys.argv[1]).train
 """
+ONE_PASS = PICTURES + "cache.open_cache(data, 16, 'test')"
+TWENTY_KILLS = (
+    PICTURES
+    + """
+def start(root):  # no other thread runs here: a fork is a whole process
+    if not (pid := os.fork()):
+        os.environ[cache.ROOT_VARIABLE] = root
+        cache.open_cache(data, 16, "test")
+        os._exit(0)
+    return pid
+
+began = time.monotonic()
+assert os.waitpid(start("whole"), 0)[1] == 0
+whole, rng, killed, ended = time.monotonic() - began, random.Random(0), 0, 0
+while killed < 20:
+    pid = start("parts")
+    time.sleep(rng.uniform(0, whole / 5))
+    os.kill(pid, signal.SIGKILL)
+    if os.waitpid(pid, 0)[1] == signal.SIGKILL:
+        killed += 1
+    if any(path.is_dir() and not path.suffix for path in Path("parts").glob("*")):
+        shutil.rmtree("parts")  # it had come to its end: once more from the beginning
+        ended += 1
+assert os.waitpid(start("parts"), 0)[1] == 0
+print(ended)
+"""
+)
 
 
-def first_pass(data: Path, root: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", FIRST_PASS, str(data)]
-    environment = os.environ | {cache.ROOT_VARIABLE: str(root), "TQDM_DISABLE": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "begins\n"
-    return process
+def pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        picture(i, colour=i % 7 == 3).resize((90, 80)).save(folder / f"{i}.png")
+    rows = "".join(f"{i}.png,caption {i}\n" for i in range(count))
+    (folder / "metadata.csv").write_text("file_name,text\n" + rows)
+    return folder
+
+
+def script(code: str, data: Path, folder: Path) -> "subprocess.Popen[str]":
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "TQDM_DISABLE": "1",
+        cache.ROOT_VARIABLE: str(folder / "cache"),
+    }
+    return subprocess.Popen([sys.executable, "-c", code, str(data)], cwd=folder, env=environment)
 
 
 def test_a_kill_at_any_moment_costs_nothing(tmp_path: Path) -> None:
-    """Catches a torn part taken for a whole one, and pixels that stand twice, after SIGKILL at 20 random moments.
-
-    A kill costs a process its start, so that of these 20 starts the next one goes on where the last was killed.
-    """
-    (tmp_path / "data").mkdir()
-    lines = ["file_name,text"]
-    for i in range(1200):
-        picture(i, colour=i % 7 == 3).resize((90, 80)).save(tmp_path / "data" / f"{i}.png")
-        lines.append(f"{i}.png,caption {i}")
-    (tmp_path / "data" / "metadata.csv").write_text("\n".join(lines))
-    began = time.monotonic()
-    with first_pass(tmp_path / "data", tmp_path / "whole") as process:
-        assert process.wait() == 0
-    whole_time = time.monotonic() - began
-    rng = random.Random(0)
-    killed = 0
-    while killed < 20:
-        with first_pass(tmp_path / "data", tmp_path / "parts") as process:
-            try:
-                process.wait(rng.uniform(0, whole_time / 8))
-                shutil.rmtree(tmp_path / "parts")  # it came to its end: begin anew
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-    with first_pass(tmp_path / "data", tmp_path / "parts") as process:
-        assert process.wait() == 0
+    """Catches a torn part taken for a whole one, and pixels that stand twice, after SIGKILL at 20 random moments."""
+    assert script(TWENTY_KILLS, pictures(tmp_path / "data", 600), tmp_path).wait() == 0
     (whole,) = (path for path in (tmp_path / "whole").iterdir() if path.is_dir())
     assert contents(whole) == contents(tmp_path / "parts" / whole.name)
+    assert len(np.unique(Cache(whole, SIZE).image_ids)) == 540
 
 
 def test_what_a_kill_leaves_behind(own_root: Path) -> None:
@@ -265,16 +277,11 @@ def test_what_a_kill_leaves_behind(own_root: Path) -> None:
 
 def test_two_processes_make_one_cache(tmp_path: Path) -> None:
     """Catches two runs that start together and write into each other's pixels."""
-    (tmp_path / "data").mkdir()
-    for i in range(60):
-        picture(i).save(tmp_path / "data" / f"{i}.png")
-    rows = "".join(f"{i}.png,caption {i}\n" for i in range(60))
-    (tmp_path / "data" / "metadata.csv").write_text("file_name,text\n" + rows)
-    both = [first_pass(tmp_path / "data", tmp_path / "cache") for _ in range(2)]
+    data = pictures(tmp_path / "data", 100)
+    both = [script(ONE_PASS, data, tmp_path) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    for process in both:
-        process.__exit__(None, None, None)
-    assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 1
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert len(np.unique(Cache(folder, SIZE).image_ids)) == 90
 
 
 # ---- hostile images
@@ -296,29 +303,30 @@ def hostile(number: int) -> tuple[str, bytes]:
     floats[rng.random(floats.shape) < 0.3] = rng.choice([np.nan, np.inf, -np.inf])
     png = encoded(grey, "PNG")
     bomb = png[:16] + (60_000).to_bytes(4, "big") * 2 + png[24:]
-    kinds: list[tuple[str, bytes]] = [
-        ("truncated PNG", encoded(colour, "PNG")[: int(rng.integers(1, 60))]),
-        ("truncated JPEG", encoded(colour, "JPEG")[: int(rng.integers(1, 400))]),
-        ("empty", b""),
-        ("zero bytes", bytes(int(rng.integers(1, 5000)))),
-        ("noise", rng.bytes(int(rng.integers(1, 5000)))),
-        ("1 x 1", encoded(grey.resize((1, 1)), "PNG")),
-        ("20,000 x 1", encoded(grey.resize((20_000, 1)), "PNG")),
-        ("1 x 20,000", encoded(colour.resize((1, 20_000)), "PNG")),
-        ("bomb", bomb),
-        ("JPEG called PNG", encoded(colour, "JPEG")),
-        ("16 bits", encoded(Image.fromarray(wide), "PNG")),
-        ("16-bit TIFF", encoded(Image.fromarray(wide), "TIFF")),
-        ("CMYK", encoded(colour.convert("CMYK"), "JPEG")),
-        ("animated", encoded(grey, "GIF", save_all=True, append_images=[grey.rotate(90)])),
-        ("alpha", encoded(colour.convert("RGBA"), "PNG")),
-        ("NaN", encoded(Image.fromarray(floats), "TIFF")),
-        ("palette", encoded(colour.convert("P"), "PNG", transparency=0)),
-        ("text", b"<html>404 not found</html>"),
-        ("1 bit", encoded(grey.convert("1"), "TIFF")),
-        ("flipped bytes", bytes(b ^ (rng.random() < 0.02) * 255 for b in encoded(colour, "PNG"))),
+    kinds: list[tuple[str, Callable[[], bytes]]] = [
+        ("truncated PNG", lambda: encoded(colour, "PNG")[: int(rng.integers(1, 60))]),
+        ("truncated JPEG", lambda: encoded(colour, "JPEG")[: int(rng.integers(1, 400))]),
+        ("empty", lambda: b""),
+        ("zero bytes", lambda: bytes(int(rng.integers(1, 5000)))),
+        ("noise", lambda: rng.bytes(int(rng.integers(1, 5000)))),
+        ("1 x 1", lambda: encoded(grey.resize((1, 1)), "PNG")),
+        ("20,000 x 1", lambda: encoded(grey.resize((20_000, 1)), "PNG")),
+        ("1 x 20,000", lambda: encoded(colour.resize((1, 20_000)), "PNG")),
+        ("bomb", lambda: bomb),
+        ("JPEG called PNG", lambda: encoded(colour, "JPEG")),
+        ("16 bits", lambda: encoded(Image.fromarray(wide), "PNG")),
+        ("16-bit TIFF", lambda: encoded(Image.fromarray(wide), "TIFF")),
+        ("CMYK", lambda: encoded(colour.convert("CMYK"), "JPEG")),
+        ("animated", lambda: encoded(grey, "GIF", save_all=True, append_images=[grey.rotate(90)])),
+        ("alpha", lambda: encoded(colour.convert("RGBA"), "PNG")),
+        ("NaN", lambda: encoded(Image.fromarray(floats), "TIFF")),
+        ("palette", lambda: encoded(colour.convert("P"), "PNG", transparency=0)),
+        ("text", lambda: b"<html>404 not found</html>"),
+        ("1 bit", lambda: encoded(grey.convert("1"), "TIFF")),
+        ("flipped bytes", lambda: bytes(b ^ (rng.random() < 0.02) * 255 for b in encoded(colour, "PNG"))),
     ]
-    return kinds[number % len(kinds)]
+    name, make = kinds[number % len(kinds)]
+    return name, make()
 
 
 def test_300_hostile_images(monkeypatch: pytest.MonkeyPatch) -> None:
