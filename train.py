@@ -40,8 +40,15 @@ def run(preset: str, config: Config) -> int:
     torch.manual_seed(config.seed)
 
     # data: pairs of picture and caption
-    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-    data = load_data(config.data, **columns, limit=config.limit, seed=config.seed)  # type: ignore[arg-type]
+    data = load_data(
+        config.data,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        limit=config.limit,
+        seed=config.seed,
+        revision=config.revision,
+        streaming=config.streaming == "on",
+    )
     train, held_out = data.train, data.validation
     if len(train) < config.batch_size:
         raise UserError(
@@ -59,6 +66,8 @@ def run(preset: str, config: Config) -> int:
     if config.checkpointing == "on":  # the reentrant kind would lose the gradients where the input is frozen
         clip.model.gradient_checkpointing_enable({"use_reentrant": False})
     pairs, held_out_pairs = prepare(train, clip, "training"), prepare(held_out, clip, "held-out")
+    train, held_out = pairs.split, held_out_pairs.split
+    print(f"Images   training: {pairs.summary}\n         held out: {held_out_pairs.summary}")
 
     # loop
     steps = config.steps or config.epochs * (len(pairs) // config.batch_size)
