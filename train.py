@@ -26,8 +26,8 @@ from clip_medical.evaluation.report import as_text, environment, evaluate, table
 from clip_medical.model import Clip, load_clip
 from clip_medical.provenance import data_fingerprint
 from clip_medical.runs import STATE, choose_folder, load_run, save_run, write_text
+from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.learner import Learner
-from clip_medical.training.losses import info_nce, same_rows
 from clip_medical.training.precision import choose_device, choose_precision
 from lora import adapter_parameters, count_parameters, disabled, inject
 
@@ -110,20 +110,12 @@ def run(preset: str, config: Config) -> int:
     return 0
 
 
-def batch_loss(clip: Clip, pairs: Pairs, rows: torch.Tensor) -> torch.Tensor:
-    """InfoNCE of the pairs `rows`; those with the same caption or the same picture are right for each other."""
-    images = clip.image_features(pairs.pixels[rows])
-    texts = clip.text_features(pairs.tokens[rows], pairs.lengths[rows])
-    positives = same_rows(pairs.caption_ids[rows], pairs.image_ids[rows])
-    return info_nce(images, texts, clip.model.logit_scale, positives.to(images.device))
-
-
 def flight_check(clip: Clip, pairs: Pairs, config: Config, steps: int) -> None:
     """One batch forwards and backwards, and what can be known from it before anything is written or learned."""
     clip.model.train()
     began = time.perf_counter()
-    loss = batch_loss(clip, pairs, next(row_batches(len(pairs), config.batch_size, config.seed)))
-    loss.backward()
+    rows = next(row_batches(len(pairs), config.batch_size, config.seed))
+    loss = contrastive_backward(clip, pairs, rows, config.pairs_at_a_time)
     minutes = (time.perf_counter() - began) * steps / 60
     moved = {name for name, p in clip.model.named_parameters() if p.grad is not None and p.grad.any()}
     every_b = {name for name, _ in clip.model.named_parameters() if name.endswith("lora_B")}
@@ -153,10 +145,9 @@ def loop(clip: Clip, pairs: Pairs, config: Config, learner: Learner, folder: Pat
     with open(metrics, "a") as log, tqdm(initial=done, total=steps, unit="step") as bar:
         while done < steps and not stop.asked:
             began = time.perf_counter()
-            loss = batch_loss(clip, pairs, next(batches))
+            loss = contrastive_backward(clip, pairs, next(batches), config.pairs_at_a_time, learner.scaler.scale)
             if not loss.isfinite():
                 raise UserError(f"the loss of step {done + 1} is {loss.item()}: give a lower --lr than {config.lr}.")
-            learner.scaler.scale(loss).backward()
             lr, norm = learner.lr, learner.step(config.clip_norm)
             with torch.no_grad():
                 clip.model.logit_scale.clamp_(0, math.log(100))

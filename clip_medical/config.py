@@ -41,6 +41,10 @@ class Config:
 
     batch_size: int = 64
     """Pairs in a contrastive batch: each is set against all others of its batch."""
+    chunk_size: int | Literal["auto"] = "auto"
+    """Pairs encoded at a time. The loss and its gradient stay those of the whole batch (cached gradients, Gao et al.
+    2021), for one more forward pass. auto: the whole batch. Plain gradient accumulation is not offered: the pairs of
+    one part would not be negatives for those of another, which makes many small batches, not one large one."""
     epochs: int = 24
     """Passes over the training pairs."""
     steps: int | None = None
@@ -70,9 +74,16 @@ class Config:
     """Continue the run that stands in --output."""
 
     def __post_init__(self) -> None:
-        for name, lowest in (("batch_size", 2), ("epochs", 1), ("steps", 1), ("limit", 2), ("rank", 1)):
+        for name, lowest in (
+            ("batch_size", 2),
+            ("chunk_size", 1),
+            ("epochs", 1),
+            ("steps", 1),
+            ("limit", 2),
+            ("rank", 1),
+        ):
             value = getattr(self, name)
-            if value is not None and value < lowest:
+            if isinstance(value, int) and value < lowest:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: give a whole number of {lowest} or more.")
         for name in ("lr", "alpha", "clip_norm", "checkpoint_every_minutes"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -82,6 +93,11 @@ class Config:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a share from 0 up to, not including, 1.")
         if not 0 <= self.weight_decay < float("inf"):
             raise UserError(f"--weight-decay is {self.weight_decay}: give a number of 0 or more.")
+
+    @property
+    def pairs_at_a_time(self) -> int:
+        """chunk_size as a number."""
+        return self.batch_size if self.chunk_size == "auto" else min(self.chunk_size, self.batch_size)
 
 
 PRESETS = {
