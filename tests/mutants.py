@@ -42,7 +42,7 @@ MUTANTS = [
     Mutant("exp of logit_scale forgotten", LOSSES, ".exp() * image_features", " * image_features", "tests/training/test_losses.py"),
     Mutant("loss one way only", LOSSES, "_cross_entropy(logits.T, right)) / 2", "_cross_entropy(logits, right)) / 2", "tests/training/test_losses.py"),
     Mutant("duplicates are negatives", LOSSES, ".any(dim=0)", ".all(dim=0)", "tests/training/test_losses.py"),
-    Mutant("ties count for the model", RETRIEVAL, "(similarity >= best).sum(dim=1) - ((similarity == best) & right).sum(dim=1)", "(similarity > best).sum(dim=1)", "tests/evaluation"),
+    Mutant("ties count for the model", RETRIEVAL, "similarity.numpy() >= best[:, None].numpy(), axis=1)", "similarity.numpy() > best[:, None].numpy(), axis=1) + 1", "tests/evaluation"),
     Mutant("NaN accepted", RETRIEVAL, "if not (queries.isfinite().all() and candidates.isfinite().all()):", "if False:", "tests/evaluation"),
     Mutant("random state not replayed", CONTRASTIVE, "        _restore(state)\n", "", "tests/training/test_contrastive.py"),
     Mutant("captions left in order of length", CONTRASTIVE, "sorted_texts[in_order]", "sorted_texts", "tests/training/test_contrastive.py"),

@@ -46,7 +46,8 @@ def ranks(queries: Tensor, candidates: Tensor, *ids: Ids) -> Ranks:
         query, values = places // len(candidates), similarity.view(-1)[places]
         best = torch.full((len(rows),), -torch.inf).scatter_reduce_(0, query, values, "amax")
         # everything at least as similar as the best right one, less the right ones among it
-        rank.append((similarity >= best[:, None]).sum(dim=1) - query[values >= best[query]].bincount(minlength=len(rows)))
+        above = np.count_nonzero(similarity.numpy() >= best[:, None].numpy(), axis=1)  # torch's sum is 5 times slower
+        rank.append(torch.from_numpy(above) - query[values >= best[query]].bincount(minlength=len(rows)))
         counts.append(query.bincount(minlength=len(rows)))
     result = Ranks(torch.cat(rank), torch.cat(counts))
     if not result.right.all():
@@ -175,7 +176,9 @@ def sampled_pool_report(
     rows = [torch.from_numpy(rng.permutation(len(images))[:size]) for _ in range(draws)]
     report: dict[str, Any] = {"pool": size, "draws": draws}
     for way, (queries, candidates) in {"image_to_text": (images, texts), "text_to_image": (texts, images)}.items():
-        found = [ranks(queries[r], candidates[r], *[(ids[r], ids[r]) for ids in (caption_ids, image_ids)]) for r in rows]
+        found = [
+            ranks(queries[r], candidates[r], *[(ids[r], ids[r]) for ids in (caption_ids, image_ids)]) for r in rows
+        ]
         rank, right = (torch.cat(parts) for parts in zip(*found, strict=True))
         report[way] = {}
         for k in (k for k in ks if k < size):
