@@ -120,7 +120,7 @@ def measure(clip: Clip, images: Tensor, classes: dict[str, list[str]], truth: di
     return {"facets": facets, "joint": {"cosine": joint(cosines, truth, first), "facet": joint(by_facet, truth, first)}}
 
 
-JOINT = {"cosine": "by cosine", "facet": "by facet"}
+JOINT = {"cosine": "by cosine", "facet": "by probability in facet"}
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any], int]]:
@@ -134,12 +134,14 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any
     for how, words in JOINT.items():
         for name, row in last["joint"][how].items():
             of_models = {model: result["joint"][how][name] for model, result in results.items()}
-            found.append((f"{name} in first {FIRST} of {labels}, {words}", of_models, row["n"]))
+            found.append((f"{name} in first {FIRST} of {labels},\n{words}", of_models, row["n"]))
     return found
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    rows = [["", *results, "chance", "n"]] + [line(name, of_models, n=n) for name, of_models, n in rows_of(results)]
+    rows = [["", *results, "chance", "n"]] + [
+        line(name.replace("\n", " "), of_models, n=n) for name, of_models, n in rows_of(results)
+    ]
     for facet, report in list(results.values())[-1]["facets"].items():
         errors = (result["facets"][facet]["calibration"]["ece"] for result in results.values())
         rows.append([f"{facet}, calibration error", *(f"{100 * e:.1f} %" for e in errors), "", f"{report['n']:,}"])
@@ -162,7 +164,7 @@ def draw(setup: common.Setup, results: dict[str, dict[str, Any]]) -> Sequence[st
     shown = rows_of(results)
     of_models = {model: [found[model] for _, found, _ in shown] for model in results}
     chance = [list(found.values())[-1]["chance"] for _, found, _ in shown]
-    names = [f"{name}\nn = {n:,}" for name, _, n in shown]
+    names = [f"{name}, n = {n:,}" if "\n" in name else f"{name}\nn = {n:,}" for name, _, n in shown]
     plots.share_bars(
         names, of_models, "% of held-out pictures, 95 % interval", setup.folder / "stress_test.png", chance
     )

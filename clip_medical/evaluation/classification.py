@@ -52,7 +52,11 @@ def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequenc
         return float(np.mean(found[rows > 0] / rows[rows > 0]))
 
     areas = [_area(chances[:, c], right == c) for c in present] if len(present) > 1 else []
-    mean_area = lambda weights: float(np.nanmean([area(weights) for area in areas]))  # noqa: E731
+
+    def mean_area(weights: Weights) -> float:  # of the classes that were drawn
+        found = [value for area in areas if (value := area(weights)) == value]
+        return sum(found) / len(found) if found else float("nan")
+
     report: dict[str, Any] = {"n": len(right), "classes": list(classes)}
     report["accuracy"] = _with_interval(lambda w: float(np.average(hits, weights=w)), len(hits), 1 / len(classes))
     report["balanced_accuracy"] = _with_interval(balanced, len(hits), 1 / len(classes))

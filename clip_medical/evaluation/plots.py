@@ -123,7 +123,8 @@ def reliability(calibrations: dict[str, dict[str, Any]], file: Path) -> None:
         axes.set(xlabel="confidence (%)", xlim=(0, 103), ylim=(-3, 103), aspect="equal")
     panels[0][0].set_ylabel("accuracy (%), 95 % interval")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, frameon=False)
+    note = "the larger a mark, the more pictures it stands for"
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, frameon=False, title=note)
     figure.tight_layout()
     save_figure(figure, file)
 
@@ -147,21 +148,21 @@ def confusion(reports: dict[str, dict[str, Any]], facet: str, file: Path, most: 
     for place, (axes, (model, found)) in enumerate(zip(panels[0], counts.items(), strict=True)):
         totals = found.sum(axis=1)
         shares = 100 * found / np.maximum(totals, 1)[:, None]
-        axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         for (row, column), share in np.ndenumerate(shares):
             if share >= 0.5:
-                ink = "black" if share > 55 else "white"
+                ink = "white" if share > 55 else "black"
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=9)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         rows = [f"{name} ({total})" for name, total in zip(names, totals, strict=True)] if place == 0 else []
         axes.set_yticks(range(len(rows)), rows)
         accuracy = reports[model]["accuracy"]
         interval = f"[{100 * accuracy['low']:.0f}, {100 * accuracy['high']:.0f}]"
-        axes.set_title(f"{model}: {100 * accuracy['value']:.1f} % {interval} right", fontsize=11)
+        axes.set_title(f"{model}: {100 * accuracy['value']:.1f} % {interval} right", fontsize=11, pad=8)
         axes.set_xlabel(f"named {facet}")
     panels[0][0].set_ylabel(f"true {facet} (pictures)")
-    figure.suptitle(f"% of the pictures of each true {facet}, n = {last['n']:,}", fontsize=11)
     figure.tight_layout()
+    figure.suptitle(f"% of the pictures of each true {facet}, n = {last['n']:,}", fontsize=11, y=1.03)
     save_figure(figure, file)
 
 

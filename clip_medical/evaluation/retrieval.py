@@ -33,9 +33,7 @@ def ranks(queries: Tensor, candidates: Tensor, *ids: Ids) -> Ranks:
     A wrong candidate of equal similarity counts as above (pessimistic on ties), so features that have all collapsed to
     one point score 0, not 100 %. Raises ValueError on features that are not finite and on a query without an answer.
     """
-    queries, candidates = queries.float(), candidates.float()
-    if not (queries.isfinite().all() and candidates.isfinite().all()):
-        raise ValueError("the features contain NaN or infinity: a recall computed on them would mean nothing")
+    queries, candidates = _checked(queries, candidates)
     tables = [_Lookup(*pair) for pair in ids]
     rank, counts = [], []
     for rows in torch.arange(len(queries)).split(max(1, BLOCK // len(candidates))):
@@ -53,6 +51,14 @@ def ranks(queries: Tensor, candidates: Tensor, *ids: Ids) -> Ranks:
     if not result.right.all():
         raise ValueError("a query has no right candidate in the pool: its id is missing among the candidates")
     return result
+
+
+def _checked(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in fp32; ValueError if they are not finite."""
+    queries, candidates = queries.float(), candidates.float()
+    if not (queries.isfinite().all() and candidates.isfinite().all()):
+        raise ValueError("the features contain NaN or infinity: what is measured on them would mean nothing")
+    return queries, candidates
 
 
 class _Lookup:
@@ -203,9 +209,8 @@ def label_precision(
     names = {name: number for number, name in enumerate(sorted(set(labels)))}
     numbers = torch.tensor([names[name] for name in labels])
     known = torch.tensor([name != "" for name in labels])
-    queries, candidates, numbers = queries[known].float(), candidates[known].float(), numbers[known]
-    if not (queries.isfinite().all() and candidates.isfinite().all()):
-        raise ValueError("the features contain NaN or infinity: a precision computed on them would mean nothing")
+    queries, candidates = _checked(queries[known], candidates[known])
+    numbers = numbers[known]
     share = numbers.bincount()[numbers] / len(numbers)
     shares: dict[int, list[Tensor]] = {k: [] for k in ks if k < len(numbers)}
     for rows in torch.arange(len(numbers)).split(max(1, BLOCK // max(1, len(numbers)))):
