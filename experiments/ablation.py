@@ -191,7 +191,10 @@ def measure(bench: Bench, clip: Clip) -> dict[str, Any]:
 def difference(bench: Bench, one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """Recall of one row less that of another, with the 95 % interval of the difference on the same pictures."""
     a, b = (torch.tensor([int(digit) for digit in row["hits"]]) for row in (one, other))
-    return share(a - b, bench.held_out.image_ids)
+    found = share(a - b, bench.held_out.image_ids)
+    if not (a - b).any():  # no pair tells them apart: a difference either way stays possible
+        found["low"] = -found["high"]
+    return found
 
 
 def verdict(bench: Bench, rows: dict[str, dict[str, Any]]) -> list[str]:
