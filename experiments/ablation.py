@@ -233,12 +233,11 @@ def held_out_shapes() -> Split:
 
 def make_bench(setup: common.Setup, config: Config, data: Data) -> Bench:
     base = setup.models["unadapted"]
+    count, batch = len(data.train), config.batch_size
+    if count < 2 * batch:
+        raise UserError(f"{count} training pairs are too few for batches of {batch}: name other --data.")
     train, held_out = prepare(data.train, base, "training"), prepare(data.validation, base, "held-out")
-    if len(train) < 2 * config.batch_size:
-        raise UserError(
-            f"{len(train)} training pairs are too few for batches of {config.batch_size}: name other --data."
-        )
-    steps = config.steps or config.epochs * (len(train) // config.batch_size)
+    steps = config.steps or config.epochs * (count // batch)
     fresh = partial(load_clip, base.name, base.device, revision=base.revision)
     shapes = prepare(held_out_shapes(), base, "shapes")
     return Bench(config, steps, fresh, train, held_out, data.validation.labels, shapes)

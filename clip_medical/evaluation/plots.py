@@ -115,10 +115,10 @@ def reliability(calibrations: dict[str, dict[str, Any]], file: Path) -> None:
                 np.array([b[key] for b in found["bins"]]) for key in ("confidence", "accuracy", "low", "high", "n")
             )
             spread = [100 * (y - low).clip(0), 100 * (high - y).clip(0)]
-            style = dict(color=COLOURS[model], linewidth=1.2, elinewidth=1, capsize=2)
+            style: dict[str, Any] = dict(color=COLOURS[model], linewidth=1.2, elinewidth=1, capsize=2)
             axes.errorbar(100 * x, 100 * y, yerr=spread, fmt="-", **style)
-            style = dict(s=12 + 140 * n / n.sum(), color=COLOURS[model], marker=marks[model])
-            axes.scatter(100 * x, 100 * y, label=model, zorder=3, **style)
+            area = 12 + 140 * n / n.sum()
+            axes.scatter(100 * x, 100 * y, area, COLOURS[model], marker=marks[model], label=model, zorder=3)
             said.append(f"{model} {100 * found['ece']:.1f} %")
         axes.set_title(f"{facet}, n = {n.sum():,}\ncalibration error: " + ",\n".join(said), fontsize=10)
         axes.set(xlabel="confidence (%)", xlim=(0, 103), ylim=(-3, 103), aspect="equal")

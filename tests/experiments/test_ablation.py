@@ -43,6 +43,7 @@ def test_one_table_that_goes_on_where_it_stopped(
 ) -> None:
     """Catches work that an interruption throws away, rows of another setting taken over, and a verdict without rows."""
     monkeypatch.setattr(ablation, "SHAPES", 24)
+    monkeypatch.setattr(ablation, "STRENGTHS", (0.0, 0.5, 1.0))
     real, fitted = ablation.fit, []
 
     def stop_at_full(bench, variant, lr, rows, steps):  # type: ignore[no-untyped-def]
@@ -69,8 +70,13 @@ def test_one_table_that_goes_on_where_it_stopped(
     assert rows[UNADAPTED]["trained"] == 0 < rows["LoRA r = 1, q and v"]["trained"] < rows[FULL]["trained"]
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
     assert "less that of LoRA" in capsys.readouterr().out
-    fitted.clear()
-    assert command("ablation", *flags[:-3], 2, *flags[-2:]) == 0 and len(fitted) > 5  # 2 steps: all of it anew
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "fit", stop)
+    assert command("ablation", *flags[:-3], 2, *flags[-2:]) == 130  # 2 steps: all of it anew
+    assert list(results(tmp_path, "ablation")["results"]["variants"]) == [UNADAPTED]
 
 
 def test_differences_are_taken_pair_by_pair() -> None:
