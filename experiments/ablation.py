@@ -15,39 +15,32 @@ so far is kept in ablation.json: the same command goes on from there.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from clip_medical.config import Config
-from clip_medical.data.batches import Pairs, prepare, row_batches
+from clip_medical.data.batches import Pairs, prepare
 from clip_medical.data.shapes import scene
 from clip_medical.data.sources import Data, Split
 from clip_medical.errors import UserError
-from clip_medical.evaluation import plots
 from clip_medical.evaluation.report import as_text, encode, percent
 from clip_medical.evaluation.retrieval import bootstrap_interval, ranks
 from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip, load_clip
 from clip_medical.runs import read_json
-from clip_medical.training.contrastive import contrastive_backward
-from clip_medical.training.learner import Learner
-from clip_medical.training.losses import info_nce, same_rows
-from experiments import common
-from lora import adapter_parameters, inject, set_strength
+from experiments import common, figures
+from experiments.variants import FULL, LINEAR, RATES, Bench, choose_lr, fit, reference, variants
+from lora import set_strength
 
-QV, ALL = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 STRENGTHS = tuple(s / 10 for s in range(11))
 SHAPES = 512  # held-out shapes
 K, SHAPES_K = 10, 1  # Recall@K of the radiology pairs and of the shapes: where neither is near 0 or 100 %
-UNADAPTED, LINEAR, FULL = "unadapted", "linear map on frozen features", "full fine-tuning"
+UNADAPTED = "unadapted"
 
 
 @dataclass(frozen=True)
@@ -58,106 +51,6 @@ class Ablation(common.Common):
     """Optimizer steps of each variant; default: those of the run."""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Ranks to try with q and v of both towers; that of the run is among them always."""
-
-
-class Variant(NamedTuple):
-    """One row of the table."""
-
-    name: str
-    method: str  # whose learning rate it takes: lora, linear or full
-    make: Callable[[Clip], list[nn.Parameter]]  # makes a fresh model trainable; returns what is to be learned
-
-
-class Bench(NamedTuple):
-    """What every variant is trained and measured with."""
-
-    config: Config
-    steps: int
-    base: Callable[[], Clip]  # a fresh unadapted model
-    train: Pairs
-    held_out: Pairs
-    labels: dict[str, list[str]]  # of the held-out pairs
-    shapes: Pairs
-
-
-# ---- the methods
-
-
-def lora(config: Config, rank: int, targets: tuple[str, ...], within: str | None, clip: Clip) -> list[nn.Parameter]:
-    alpha = config.alpha * rank / config.rank
-    inject(clip.model, targets, rank, alpha, config.dropout, config.rslora, within)
-    return adapter_parameters(clip.model)
-
-
-def linear(clip: Clip) -> list[nn.Parameter]:
-    clip.model.requires_grad_(False)
-    return [p.weight.requires_grad_(True) for p in (clip.model.visual_projection, clip.model.text_projection)]
-
-
-def full(clip: Clip) -> list[nn.Parameter]:
-    clip.model.requires_grad_(True)
-    clip.model.logit_scale.requires_grad_(False)
-    return [p for p in clip.model.parameters() if p.requires_grad]
-
-
-def reference(config: Config) -> str:
-    return f"LoRA r = {config.rank}, q and v"
-
-
-def variants(config: Config, tried: tuple[int, ...]) -> list[Variant]:
-    """All rows that are trained."""
-    r = config.rank
-    found = [
-        Variant(f"LoRA r = {rank}, q and v", "lora", partial(lora, config, rank, QV, None))
-        for rank in sorted({r, *tried})
-    ]
-    found.append(Variant(f"LoRA r = {r}, all projections", "lora", partial(lora, config, r, ALL, None)))
-    for tower in ("vision", "text"):
-        found.append(
-            Variant(f"LoRA r = {r}, {tower} tower only", "lora", partial(lora, config, r, QV, f"{tower}_model"))
-        )
-    return [*found, Variant(LINEAR, "linear", linear), Variant(FULL, "full", full)]
-
-
-def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor, steps: int) -> Clip:
-    """A fresh model, trained on `rows` of the training pairs with the loss, order and schedule of train.py."""
-    torch.manual_seed(bench.config.seed)
-    clip = bench.base()
-    learner = Learner(variant.make(clip), replace(bench.config, lr=lr), steps, scaled=False)
-    clip.model.train()
-    batches = row_batches(len(rows), bench.config.batch_size, bench.config.seed)
-    for batch in tqdm(islice(batches, steps), total=steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
-        loss = contrastive_backward(clip, bench.train, rows[batch], bench.config.batch_size)
-        if not loss.isfinite():
-            break  # this learning rate is too high; the loss that is measured next says so
-        learner.step(bench.config.clip_norm)
-    clip.model.eval()
-    return clip
-
-
-def choose_lr(bench: Bench, variant: Variant, rates: tuple[float, ...]) -> dict[str, Any]:
-    """{"lr": the best, "losses": rate -> loss on the tenth of the training pairs that was kept from it}."""
-    order = torch.randperm(len(bench.train), generator=torch.Generator().manual_seed(bench.config.seed))
-    kept, tenth = order[len(order) // 10 :], order[: len(order) // 10]
-    losses = {}
-    for lr in rates:
-        clip = fit(bench, variant, lr, kept, max(1, bench.steps // 4))
-        with torch.no_grad():
-            images = torch.cat([clip.image_features(bench.train.pixels[r]) for r in tenth.split(64)])
-            texts = torch.cat(
-                [clip.text_features(bench.train.tokens[r], bench.train.lengths[r]) for r in tenth.split(64)]
-            )
-            right = same_rows(bench.train.caption_ids[tenth], bench.train.image_ids[tenth]).to(images.device)
-            losses[lr] = info_nce(images, texts, clip.model.logit_scale, right).item()
-    best = min(losses, key=lambda lr: losses[lr] if losses[lr] == losses[lr] else float("inf"))
-    return {"lr": best, "losses": {f"{lr:g}": loss for lr, loss in losses.items()}}
-
-
-RATES: dict[str, Callable[[Config], tuple[float, ...]]] = {
-    "lora": lambda config: (config.lr / 2, config.lr, 2 * config.lr),
-    "linear": lambda config: (1e-3, 3e-3, 1e-2),
-    "full": lambda config: (1e-4, 3e-4, 1e-3),
-}
 
 
 # ---- the measurements
@@ -306,7 +199,7 @@ def run(options: Ablation) -> int:
     print("\n" + as_text([["strength", f"Recall@{K}", f"shapes, Recall@{SHAPES_K}"], *steps]))
     print("\n" + "\n".join(results["verdict"]))
     n = (len(bench.held_out), len(bench.shapes))
-    plots.ablation(rows, results["strength"], (K, SHAPES_K), n, setup.folder / "ablation.png")
+    figures.ablation(rows, results["strength"], (K, SHAPES_K), n, setup.folder / "ablation.png")
     common.said(setup, "ablation.json", "ablation.png")
     return 0
 

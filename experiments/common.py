@@ -69,7 +69,7 @@ def load_models(name: str, options: Common) -> Setup:
         adapted = load_run(options.run, device)
         # loaded afresh and not switched off: a temperature that was trained belongs to the adapted model alone
         models = {"unadapted": load_clip(adapted.name, device, revision=adapted.revision), "adapted": adapted}
-        folder = Path(options.output or options.run)
+        folder = Path(options.output or (options.run if Path(options.run).is_dir() else RESULTS))  # a run on the Hub
     else:
         models = {"unadapted": load_clip(options.model or "", device)}
         folder = Path(options.output or RESULTS)

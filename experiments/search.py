@@ -20,10 +20,9 @@ from tqdm import tqdm
 from clip_medical.data.images import decode
 from clip_medical.data.sources import Split, load_data
 from clip_medical.errors import UserError
-from clip_medical.evaluation import plots
 from clip_medical.evaluation.report import as_text
 from clip_medical.evaluation.search import Found, Index, Item
-from experiments import common
+from experiments import common, figures
 
 PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
 
@@ -122,7 +121,7 @@ def query(index: Index, setup: common.Setup, options: Search) -> None:
     grid = {
         model: [(index.thumbnail(hit.row), hit.score, words(hit)) for hit in found] for model, found in results.items()
     }
-    plots.hits_grid(f"{asked}, among {len(index):,} pictures", picture, grid, setup.folder / "search.png")
+    figures.hits_grid(f"{asked}, among {len(index):,} pictures", picture, grid, setup.folder / "search.png")
     common.said(setup, "search.json", "search.png")
 
 

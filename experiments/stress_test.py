@@ -21,7 +21,6 @@ from torch import Tensor
 from clip_medical.data.batches import prepare
 from clip_medical.data.sources import Split
 from clip_medical.errors import UserError
-from clip_medical.evaluation import plots
 from clip_medical.evaluation.classification import (
     classification_report,
     confusion_of,
@@ -32,7 +31,7 @@ from clip_medical.evaluation.report import as_text, encode
 from clip_medical.evaluation.retrieval import bootstrap_interval
 from clip_medical.evaluation.zero_shot import class_features
 from clip_medical.model import Clip
-from experiments import common
+from experiments import common, figures
 from experiments.common import line
 
 FACETS = ("modality", "anatomy", "finding")
@@ -165,16 +164,16 @@ def draw(setup: common.Setup, results: dict[str, dict[str, Any]]) -> Sequence[st
     of_models = {model: [found[model] for _, found, _ in shown] for model in results}
     chance = [list(found.values())[-1]["chance"] for _, found, _ in shown]
     names = [f"{name}, n = {n:,}" if "\n" in name else f"{name}\nn = {n:,}" for name, _, n in shown]
-    plots.share_bars(
+    figures.share_bars(
         names, of_models, "% of held-out pictures, 95 % interval", setup.folder / "stress_test.png", chance
     )
     facets = {model: {f: r["calibration"] for f, r in result["facets"].items()} for model, result in results.items()}
-    plots.reliability(facets, setup.folder / "stress_test_reliability.png")
+    figures.reliability(facets, setup.folder / "stress_test_reliability.png")
     mistakes = confusions(results)
     of_models = {model: [found[model] for _, found in mistakes] for model in results}
     names = [f"{name}\nn = {list(found.values())[-1]['n']:,}" for name, found in mistakes]
     label = "% of the pictures with the first label, 95 % interval"
-    plots.share_bars(names, of_models, label, setup.folder / "stress_test_confusions.png")
+    figures.share_bars(names, of_models, label, setup.folder / "stress_test_confusions.png")
     return "stress_test.png", "stress_test_reliability.png", "stress_test_confusions.png"
 
 

@@ -15,13 +15,11 @@ import torch
 
 from clip_medical.data.batches import prepare
 from clip_medical.data.images import decode
-from clip_medical.data.sources import Split
+from clip_medical.data.sources import FACETS, Split
 from clip_medical.errors import UserError
-from clip_medical.evaluation import plots
 from clip_medical.evaluation.classification import classification_report, facet_probabilities
 from clip_medical.evaluation.report import as_text, encode
-from clip_medical.evaluation.zero_shot import PROMPTS
-from experiments import common
+from experiments import common, figures
 from experiments.common import line
 
 MEASURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
@@ -42,8 +40,8 @@ class ZeroShot(common.Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.facet is not None and self.facet not in PROMPTS:
-            raise UserError(f"--facet is {self.facet}: there are prompts for {', '.join(PROMPTS)}.")
+        if self.facet is not None and self.facet not in FACETS:
+            raise UserError(f"--facet is {self.facet}: expected one of {', '.join(FACETS)}.")
         if self.classes and (self.facet is None or len(set(self.classes)) < max(2, len(self.classes))):
             raise UserError("--classes needs a --facet and at least two of its classes, each once.")
         if (self.image is None) != (not self.labels) or len(set(self.labels)) < len(self.labels):
@@ -55,7 +53,7 @@ class ZeroShot(common.Common):
 def questions(split: Split, options: ZeroShot) -> dict[str, list[str]]:
     """Facet -> the classes to choose from. UserError where that leaves nothing to ask."""
     found = {}
-    for facet in [options.facet] if options.facet else PROMPTS:
+    for facet in [options.facet] if options.facet else FACETS:
         present = sorted(set(split.labels.get(facet, [])) - {""})
         missing = [name for name in options.classes if name not in present]
         if missing:
@@ -97,7 +95,7 @@ def measure_set(options: ZeroShot) -> int:
     files = ["zero_shot.json", "zero_shot.png"]
     names: list[str] = []
     chance: list[float] = []
-    shares: plots.Rows = {model: [] for model in results}
+    shares: figures.Rows = {model: [] for model in results}
     for facet, report in list(results.values())[-1].items():
         for key, words in MEASURES.items():
             names.append(f"{facet}, {words}\n{len(report['classes'])} classes, n = {report['n']:,}")
@@ -105,8 +103,8 @@ def measure_set(options: ZeroShot) -> int:
             for model, facets in results.items():
                 shares[model].append(facets[facet][key])
         files.append(f"zero_shot_confusion_{facet}.png")
-        plots.confusion({model: facets[facet] for model, facets in results.items()}, facet, setup.folder / files[-1])
-    plots.share_bars(names, shares, "%, with 95 % interval", setup.folder / "zero_shot.png", chance)
+        figures.confusion({model: facets[facet] for model, facets in results.items()}, facet, setup.folder / files[-1])
+    figures.share_bars(names, shares, "%, with 95 % interval", setup.folder / "zero_shot.png", chance)
     common.said(setup, *files)
     return 0
 
@@ -123,7 +121,7 @@ def ask(options: ZeroShot) -> int:
     rows = [[label, *(f"{100 * found[label]:.1f} %" for found in results.values())] for label in order]
     print(as_text([["", *results], *rows]))
     common.save(setup, "zero_shot_image", {"image": str(file), "probabilities": results})
-    plots.answer(picture, order, results, setup.folder / "zero_shot_image.png")
+    figures.answer(picture, order, results, setup.folder / "zero_shot_image.png")
     common.said(setup, "zero_shot_image.json", "zero_shot_image.png")
     return 0
 

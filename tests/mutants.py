@@ -28,7 +28,8 @@ LEARNER, CONTRASTIVE = "clip_medical/training/learner.py", "clip_medical/trainin
 MODEL, BATCHES = "clip_medical/model.py", "clip_medical/data/batches.py"
 RUNS, EXPORT, ONNX = "clip_medical/runs.py", "clip_medical/export.py", "clip_medical/onnx_export.py"
 CLASSES, SEARCH = "clip_medical/evaluation/classification.py", "clip_medical/evaluation/search.py"
-COMMON, STRESS, ABLATION = "experiments/common.py", "experiments/stress_test.py", "experiments/ablation.py"
+COMMON, STRESS = "experiments/common.py", "experiments/stress_test.py"
+VARIANTS, ABLATION = "experiments/variants.py", "experiments/ablation.py"
 
 MUTANTS = [
     Mutant("B starts random", LAYER, "torch.zeros(base.out_features, rank,", "torch.randn(base.out_features, rank,", "tests/lora"),
@@ -74,13 +75,13 @@ MUTANTS = [
     Mutant("duplicates indexed", SEARCH, 'elif row["hash"] in hashes:', "elif False:", "tests/evaluation/test_search.py"),
     Mutant("what is known read again", SEARCH, "if (item.source, item.name) in names:", "if False:", "tests/evaluation/test_search.py"),
     Mutant("thumbnail of a neighbour", SEARCH, 'side="right")', 'side="left")', "tests/evaluation/test_search.py"),
-    Mutant("base with the trained temperature", COMMON, "    folder = Path(options.output or options.run)\n", '    models["unadapted"].model.logit_scale.data.copy_(adapted.model.logit_scale)\n        folder = Path(options.output or options.run)\n', "tests/experiments/test_common.py"),
+    Mutant("base with the trained temperature", COMMON, "        folder = Path(options.output or (", '        models["unadapted"].model.logit_scale.data.copy_(adapted.model.logit_scale)\n        folder = Path(options.output or (', "tests/experiments/test_common.py"),
     Mutant("held-out rows drawn anew", COMMON, 'if trained_on.get("fingerprint", fingerprint) != fingerprint:', "if False:", "tests/experiments/test_common.py"),
     Mutant("joint list: number within the facet", STRESS, "truth[f].clamp(min=0) + first[f]", "truth[f].clamp(min=0)", "tests/experiments/test_stress_test.py"),
     Mutant("joint list: ties for the model", STRESS, "(scores >= scores.gather(1, column[:, None])).sum(dim=1) - 1", "(scores > scores.gather(1, column[:, None])).sum(dim=1)", "tests/experiments/test_stress_test.py"),
     Mutant("chance of one label for both", STRESS, "share * other if", "share if", "tests/experiments/test_stress_test.py"),
-    Mutant("linear map with learning towers", ABLATION, "clip.model.requires_grad_(False)\n    return", "clip.model.requires_grad_(True)\n    return", "tests/experiments/test_ablation.py"),
-    Mutant("rank changes the step size", ABLATION, "alpha = config.alpha * rank / config.rank", "alpha = config.alpha", "tests/experiments/test_ablation.py"),
+    Mutant("linear map with learning towers", VARIANTS, "clip.model.requires_grad_(False)\n    return", "clip.model.requires_grad_(True)\n    return", "tests/experiments/test_ablation.py"),
+    Mutant("rank changes the step size", VARIANTS, "alpha = config.alpha * rank / config.rank", "alpha = config.alpha", "tests/experiments/test_ablation.py"),
     Mutant("rows of other settings taken over", ABLATION, 'stored if stored.get("settings") == own else {}', "stored", "tests/experiments/test_ablation.py"),
 ]  # fmt: skip
 

@@ -8,7 +8,8 @@ import torch
 from clip_medical import load_clip
 from clip_medical.config import Config
 from experiments import ablation
-from experiments.ablation import FULL, LINEAR, UNADAPTED, Ablation, difference, read_config, variants
+from experiments.ablation import UNADAPTED, Ablation, difference, read_config
+from experiments.variants import FULL, LINEAR, variants
 from tests.experiments.tools import Command, results
 
 
