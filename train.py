@@ -19,7 +19,7 @@ import torch
 
 from clip_medical import command_line
 from clip_medical.config import PRESETS, Config
-from clip_medical.data.batches import prepare, row_batches
+from clip_medical.data.batches import epochs, prepare, row_batches
 from clip_medical.data.sources import Data, load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_text, environment, evaluate, table, write_report
@@ -111,15 +111,16 @@ def loop(job: Job) -> None:
     """Steps `job.done` + 1 to `job.steps`, each a line of metrics.jsonl. Ctrl-C ends it early, after a whole step."""
     clip, config, learner = job.clip, job.config, job.learner
     pairs, clock = timed(job.pairs)
-    batches = row_batches(len(pairs), config.batch_size, config.seed, start=job.done)
+    batches = epochs(pairs, config.batch_size, config.seed, job.done, job.steps, config.fragments)
     if config.overfit_batch:
-        batches = repeat(next(row_batches(len(pairs), config.batch_size, config.seed)))
+        batches = repeat((pairs, next(row_batches(len(pairs), config.batch_size, config.seed))))
     clip.model.train()
     stop, stopped, saved = StopRequest(), False, time.perf_counter()
     with Progress(job.folder, job.done, job.steps, config.tensorboard) as progress:
         while job.done < job.steps and not stopped:
-            began, clock.seconds, rows = time.perf_counter(), 0.0, next(batches)
-            loss = contrastive_backward(clip, pairs, rows, job.plan.chunk_size, learner.scaler.scale)
+            began, clock.seconds = time.perf_counter(), 0.0
+            read, rows = next(batches)
+            loss = contrastive_backward(clip, read, rows, job.plan.chunk_size, learner.scaler.scale)
             if not loss.isfinite():
                 job.refuse(rows, loss)
             lr, norm = learner.lr, learner.step(config.clip_norm)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_medical.data.cache import Cache, open_cache
+from clip_medical.data.fragments import fragments
 from clip_medical.data.sources import Split
 from clip_medical.model import Clip
 
@@ -59,10 +60,23 @@ class Pairs:
     caption_ids: Tensor  # (N,) the same number where the caption is the same
     image_ids: Tensor  # (N,) the same number where the picture is the same
     split: Split = NO_ROWS  # the N rows that the pairs were made from
+    text_ids: Tensor | None = None  # (N,) the same number where the words read in this epoch are the same
     summary: str = ""  # for a report: how many, how many of them more than once, cut, unreadable
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def ids(self) -> list[Tensor]:
+        """Rows that agree in any of these are right for each other."""
+        return [ids for ids in (self.caption_ids, self.image_ids, self.text_ids) if ids is not None]
+
+    def in_epoch(self, share: float, seed: int, epoch: int) -> "Pairs":
+        """The pairs as an epoch reads them: `share` of the captions cut to fragments."""
+        if share <= 0:
+            return self
+        tokens, lengths = fragments(self.tokens, self.lengths, share, seed, epoch)
+        return replace(self, tokens=tokens, lengths=lengths, text_ids=tokens.unique(dim=0, return_inverse=True)[1])
 
 
 def prepare(split: Split, clip: Clip, name: str) -> Pairs:
@@ -125,3 +139,21 @@ def row_batches(count: int, batch_size: int, seed: int, start: int = 0) -> Itera
         order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
         first = start % batches_per_epoch if epoch == start // batches_per_epoch else 0
         yield from order[: batches_per_epoch * batch_size].split(batch_size)[first:]
+
+
+def epochs(
+    pairs: Pairs, batch_size: int, seed: int, start: int, steps: int, share: float
+) -> Iterator[tuple[Pairs, Tensor]]:
+    """The batches of a run from number `start` on, each with the pairs as its epoch reads them.
+
+    share: of the captions that the first epoch reads as fragments; it falls to 0 in equal steps, so that the last epoch
+    reads whole captions: first words, then sentences.
+    """
+    per_epoch = len(pairs) // batch_size
+    last = max(1, (steps - 1) // per_epoch)
+    read = pairs
+    for step, rows in enumerate(row_batches(len(pairs), batch_size, seed, start), start):
+        epoch = step // per_epoch
+        if step == start or step % per_epoch == 0:
+            read = pairs.in_epoch(share * (1 - epoch / last), seed, epoch)
+        yield read, rows

@@ -57,7 +57,7 @@ def contrastive_backward(
     after = random_state(clip.device)
 
     image_features, sorted_texts = torch.cat(features[: len(images)]), torch.cat(features[len(images) :])
-    ids = [i[rows].to(clip.device) for i in (pairs.caption_ids, pairs.image_ids)]
+    ids = [i[rows].to(clip.device) for i in pairs.ids]
     text_features = sorted_texts[by_length.argsort()]
     loss, to_images, to_texts = _from_loss(image_features, text_features, clip.model.logit_scale, ids, scale)
     gradients = [*to_images.split(chunk_size), *to_texts[by_length].split(text_chunk)]
