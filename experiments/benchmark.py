@@ -45,7 +45,7 @@ def run(options: Benchmark) -> int:
     dtype, _ = choose_precision(options.precision, device)
     with TemporaryDirectory() as folder:
         rows = make_rows(Path(folder), max(options.pictures, options.batch_size), load_clip().tokenizer)
-        results = {
+        results: dict[str, Any] = {
             "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
             "environment": environment() | {"peft": version("peft"), "torchvision": version("torchvision")},
             "settings": {"model": "ViT-B/32 geometry, random weights, seed 0", "batch size": options.batch_size,

@@ -99,7 +99,7 @@ def usual(folder: Path) -> float:
 
     cores = len(os.sched_getaffinity(0))
     loader = torch.utils.data.DataLoader(
-        rows,  # type: ignore[arg-type]
+        rows,
         BATCH,
         shuffle=True,
         num_workers=cores,

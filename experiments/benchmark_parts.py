@@ -25,12 +25,12 @@ from experiments.contenders import CONTENDERS, Ours, Peft, Row
 from lora import inject, merge, remove
 
 
-def timed(action: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that `action` takes, all kernels done."""
+def timed(device: torch.device, action: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds that `action(*arguments)` takes, all kernels done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    action()
+    action(*arguments)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
@@ -53,13 +53,13 @@ def training(
     for turn in tqdm(range(repeats + 1), desc="steps", unit="turn"):
         for name, contender in contenders.items():
             batch = ready[name][turn % len(ready[name])]
-            seconds = timed(lambda c=contender, b=batch, n=name: losses[n].append(c.step(b)), device)
+            seconds = timed(device, lambda c, b, to: to.append(c.step(b)), contender, batch, losses[name])
             if turn:  # the first step of each also pays for allocations and set-up
                 steps[name].append(seconds)
         ceiling.append(matrix_product_rate(device, dtype))
     for _ in tqdm(range(repeats), desc="epochs from PNG", unit="turn"):
         for name, contender in contenders.items():
-            epochs[name].append(timed(lambda c=contender: [c.step(b) for b in c.epoch()], device))
+            epochs[name].append(timed(device, lambda c: [c.step(b) for b in c.epoch()], contender))
 
     flops = count_flops(lambda: ours.step(ready["ours"][0]))
     result: dict[str, Any] = {}
@@ -71,7 +71,7 @@ def training(
             "losses": losses[name],
         }
     result["full"].pop("losses")
-    own_flops = flops / statistics.median([timed(lambda: ours.step(ready["ours"][0]), device) for _ in range(3)])
+    own_flops = flops / statistics.median([timed(device, ours.step, ready["ours"][0]) for _ in range(3)])
     result["ours"] |= {
         "step to peft": _ratio(steps["peft"], steps["ours"]),
         "end to end to peft": _ratio(epochs["peft"], epochs["ours"]),
@@ -102,7 +102,7 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
         a, b = torch.randn(n, k, device=device, dtype=dtype), torch.randn(k, m, device=device, dtype=dtype)
         torch.mm(a, b)
         for _ in range(3):
-            best = max(best, 2 * n * k * m / timed(lambda a=a, b=b: torch.mm(a, b), device))
+            best = max(best, 2 * n * k * m / timed(device, torch.mm, a, b))
     return best
 
 
@@ -118,7 +118,7 @@ def inference(rows: list[Row], repeats: int, device: torch.device, dtype: torch.
         for turn in range(2 * repeats + 1):
             for name, clip in kinds.items():
                 clip.model.eval()
-                spent = timed(lambda c=clip: c.image_features(adapted.pairs.pixels), device)
+                spent = timed(device, clip.image_features, adapted.pairs.pixels)
                 if turn:
                     seconds[name].append(spent)
     rates = {f"images per second, {name}": len(rows) / statistics.median(s) for name, s in seconds.items()}
@@ -142,9 +142,7 @@ def chunks(device: torch.device, dtype: torch.dtype, chunk: int = 128) -> dict[s
     result = {}
     for size in tqdm(sizes, desc="chunked batches"):
         turns = max(1, 2048 // size)
-        spent = [
-            timed(lambda n=size: contrastive_backward(clip, pairs, number[:n], chunk), device) for _ in range(turns)
-        ]
+        spent = [timed(device, contrastive_backward, clip, pairs, number[:size], chunk) for _ in range(turns)]
         result[f"ms per pair, batch {size}"] = 1000 * statistics.median(spent) / size
     return result
 
@@ -175,7 +173,7 @@ def start() -> dict[str, float]:
 
 def memory(rows: list[Row], batch_size: int, precision: str, budget: float) -> dict[str, dict[str, float]]:
     """Peak memory of two steps, each contender in a process of its own, and the largest batch that would fit."""
-    result = {}
+    result: dict[str, dict[str, float]] = {}
     context = multiprocessing.get_context("spawn")
     for name in CONTENDERS:
         peaks = []

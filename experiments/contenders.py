@@ -12,6 +12,7 @@ The model has the geometry of ViT-B/32 and random weights: what a step costs doe
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def make_rows(folder: Path, count: int, tokenizer: CLIPTokenizer) -> list[Row]:
         Image.fromarray(noisy).save(folder / f"{i}.png")
         words = " ".join(phantom(0, "benchmark words", 8 * i + j).caption for j in range(8)).split()
         ids = tokenizer(" ".join(words), truncation=True, max_length=length)["input_ids"]
-        rows.append((folder / f"{i}.png", tokenizer.decode(ids, skip_special_tokens=True)))
+        rows.append((folder / f"{i}.png", str(tokenizer.decode(ids, skip_special_tokens=True))))
     return rows
 
 
@@ -55,7 +56,7 @@ def vit_b_32(tokenizer: CLIPTokenizer) -> CLIPModel:
     """Random weights, the same at each call. The tokenizer is that of the tiny CLIP: OpenAI's is not in this
     repository, and all that a vocabulary changes is which row of the embedding is looked up."""
     torch.manual_seed(0)
-    config = CLIPConfig()
+    config: Any = CLIPConfig()
     config.text_config.eos_token_id = tokenizer.eos_token_id  # where the text tower reads its answer
     return CLIPModel(config)
 
@@ -69,8 +70,9 @@ class Ours:
 
     def __init__(self, rows: Sequence[Row], batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         tokenizer, picture = load_clip().tokenizer, CLIPImageProcessor()
-        model = vit_b_32(tokenizer)
-        self.clip = Clip(model.to(device, dtype), tokenizer, picture, "ViT-B/32")
+        model: Any = vit_b_32(tokenizer)
+        model.to(device=device, dtype=dtype)
+        self.clip = Clip(model, tokenizer, picture, "ViT-B/32")
         model.logit_scale.data = model.logit_scale.data.float()
         torch.manual_seed(1)
         inject(model, rank=RANK, alpha=ALPHA)
@@ -145,7 +147,8 @@ class UsualLoop:
         # On a CPU the model itself takes all cores, and workers beside it would slow it down.
         on_gpu = self.device.type == "cuda"
         workers = (os.cpu_count() or 1) if on_gpu else 0
-        return iter(DataLoader(self.rows, self.batch_size, collate_fn=self.collate, num_workers=workers,
+        rows: Any = self.rows
+        return iter(DataLoader(rows, self.batch_size, collate_fn=self.collate, num_workers=workers,
                                pin_memory=on_gpu))  # fmt: skip
 
 
@@ -161,7 +164,8 @@ class Peft(UsualLoop):
         """The A that ours began with, so that both walk the same way."""
         mine = {name: layer for name, layer in ours.clip.model.named_modules() if isinstance(layer, LoRALinear)}
         with torch.no_grad():
-            for name, layer in self.model.base_model.model.named_modules():
+            wrapped: Any = self.model.base_model
+            for name, layer in wrapped.model.named_modules():
                 if name in mine:
                     layer.lora_A["default"].weight.copy_(mine[name].lora_A)
 

@@ -60,8 +60,8 @@ class Pairs:
     caption_ids: Tensor  # (N,) the same number where the caption is the same
     image_ids: Tensor  # (N,) the same number where the picture is the same
     split: Split = NO_ROWS  # the N rows that the pairs were made from
-    text_ids: Tensor | None = None  # (N,) the same number where the words read in this epoch are the same
     summary: str = ""  # for a report: how many, how many of them more than once, cut, unreadable
+    text_ids: Tensor | None = None  # (N,) the same number where the words read in this epoch are the same
 
     def __len__(self) -> int:
         return len(self.tokens)
