@@ -53,7 +53,7 @@ def set_checkpointing(clip: Clip, on: bool) -> None:
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # older transformers
     if on:
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
+    elif getattr(model, f"is_{name}_checkpointing"):
         getattr(model, f"{name}_checkpointing_disable")()
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("chunk_size", [1000, 4])
 def test_two_processes_have_the_gradient_of_the_united_batch(tmp_path: Path, chunk_size: int) -> None:
-    """Catches negatives that stay on their own process, gradients averaged or not added, positives cut at the border."""
+    """Catches negatives that stay on their own process, averaged gradients, positives lost at the border."""
     runs = [start(batch_gradient, tmp_path, chunk_size, world=world) for world in (1, 2)]
     assert [finish(started) for started in runs] == [[0], [0, 0]]
     expected_loss, expected = torch.load(tmp_path / f"0-of-1-by-{chunk_size}.pt")
