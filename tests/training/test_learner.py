@@ -1,5 +1,6 @@
 """The optimizer step with all that hangs on it: order of operations, skipped steps, the schedule, the saved state."""
 
+import copy
 import math
 
 import pytest
@@ -114,7 +115,7 @@ def test_what_was_saved_goes_on_as_what_was_not() -> None:
         backward(one, factor)
         one.step(1.0)
     other = learner(scaled=True)
-    other.load_state_dict(one.state_dict())
+    other.load_state_dict(copy.deepcopy(one.state_dict()))  # as from a file: sharing nothing
     for each in (one, other):
         backward(each)
         each.step(1.0)
