@@ -45,9 +45,16 @@ def run(preset: str, config: Config) -> int:
     torch.manual_seed(config.seed)
 
     # data: pairs of picture and caption
-    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     with distributed.first_on_rank_0():
-        data = load_data(config.data, **columns, limit=config.limit, seed=config.seed)  # type: ignore[arg-type]
+        data = load_data(
+            config.data,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            limit=config.limit,
+            seed=config.seed,
+            revision=config.revision,
+            streaming=config.streaming == "on",
+        )
         if len(data.train) < config.batch_size:
             raise UserError(
                 f"{data.source} has {len(data.train)} training pairs, too few for a batch of {config.batch_size}: "
@@ -62,15 +69,14 @@ def run(preset: str, config: Config) -> int:
     clip.model.logit_scale.requires_grad_(config.train_logit_scale)
     with distributed.first_on_rank_0():
         pairs, held_out_pairs = prepare(data.train, clip, "training"), prepare(data.validation, clip, "held-out")
+    print(f"Images   training: {pairs.summary}\n         held out: {held_out_pairs.summary}")
 
     # loop
     steps = config.steps or config.epochs * (len(pairs) // config.batch_size)
     learner = Learner(adapter_parameters(clip.model), clip.model.logit_scale, config, steps, dtype == torch.float16)
     print(f"Model    {config.model} on {device.type} in {str(dtype).removeprefix('torch.')}: {why}")
-    torch.manual_seed(
-        config.seed + distributed.rank()
-    )  # from here on it is dropout that draws: on each process its own
-    job = Job(folder, config, clip, pairs, held_out_pairs, learner, steps, data.train.ids)
+    torch.manual_seed(config.seed + distributed.rank())  # from here on dropout draws: on each process its own
+    job = Job(folder, config, clip, pairs, held_out_pairs, learner, steps, pairs.split.ids)
     learn(job, preset)
     if distributed.rank() > 0:
         return 0
@@ -141,7 +147,7 @@ def provenance(preset: str, job: Job, data: Data) -> dict[str, Any]:
     clip, config, count = job.clip, job.config, count_parameters(job.clip.model)
     return {
         "run": {"command": shlex.join(["python", *sys.argv]), "preset": preset, "seed": config.seed},
-        "data": {"source": data.source, "training pairs": len(data.train), "held-out pairs": len(data.validation),
+        "data": {"source": data.source, "training pairs": len(job.pairs), "held-out pairs": len(job.held_out),
                  "fingerprint": data_fingerprint(data)},
         "model": {"base": config.model, "revision": clip.revision, "fingerprint": clip.fingerprint,
                   "rank": config.rank, "trainable parameters": count.trainable,
@@ -152,7 +158,7 @@ def provenance(preset: str, job: Job, data: Data) -> dict[str, Any]:
 
 def report(job: Job, data: Data, facts: dict[str, Any]) -> None:
     """The same measurements with the adapter switched off and on; and a look at what was saved."""
-    clip, config, folder, held_out = job.clip, job.config, job.folder, data.validation
+    clip, config, folder, held_out = job.clip, job.config, job.folder, job.held_out.split
     with disabled(clip.model):
         before = evaluate(clip, job.held_out, held_out)
     after = evaluate(clip, job.held_out, held_out)

@@ -16,6 +16,10 @@ class Config:
     data: str = "phantoms"
     """What to train on: "phantoms" (drawn on the spot), a folder of images with metadata.csv, a CSV, TSV or JSONL of
     image path and caption, Parquet, or a data set on the Hugging Face Hub."""
+    revision: str | None = None
+    """Commit, tag or branch of a data set on the Hub; default: its newest commit."""
+    streaming: Literal["on", "off"] = "on"
+    """Read a data set on the Hub once, straight into the image cache; off: download its files first and keep them."""
     model: str = "tiny-clip"
     """The CLIP to adapt: "tiny-clip" (5.5 M parameters, comes with this repository), a Hugging Face CLIP folder, or a
     name on the Hub such as openai/clip-vit-base-patch32."""
@@ -26,7 +30,8 @@ class Config:
     caption_column: str | None = None
     """Column with the caption; default: found by its common names."""
     limit: int | None = None
-    """Use at most so many rows of each split, drawn by seed; default: all. Of phantoms: draw so many."""
+    """Use at most so many rows of each split, drawn by seed; default: all. Of Parquet: from as few row groups as hold
+    so many."""
 
     rank: int = 8
     """Rank r of the update B A; parameters grow with it."""

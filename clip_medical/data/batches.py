@@ -1,50 +1,117 @@
 """Pictures and captions as tensors, and the order in which training meets them."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from clip_medical.data.cache import Cache, open_cache
 from clip_medical.data.sources import Split
 from clip_medical.model import Clip
 
 
+class CachedPixels:
+    """The pixels of N pictures, read from the cache when they are asked for."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        """(n,) row numbers or a slice -> (n, 3, S, S) uint8; a view of one channel where all are grey."""
+        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else rows.numpy()
+        return torch.from_numpy(self.cache.read(numbers)).expand(-1, 3, -1, -1)
+
+
+class Squares:
+    """Opens the pictures of a cache as PIL images, by row number of the cache."""
+
+    def __init__(self, cache: Cache | None = None) -> None:
+        self.cache = cache
+
+    def __call__(self, row: int) -> Image.Image:
+        if self.cache is None:
+            raise IndexError(row)
+        pixels = self.cache.read(np.array([row]))[0]
+        return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+NO_ROWS = Split([], [], {}, Squares(), [])
+
+
 @dataclass(frozen=True)
 class Pairs:
-    """N picture-caption pairs, decoded once and held in memory."""
+    """N picture-caption pairs, ready for the model."""
 
-    pixels: Tensor  # (N, 3, S, S) uint8
+    pixels: Tensor | CachedPixels  # pixels[rows]: (n, 3, S, S) uint8
     tokens: Tensor  # (N, L) token ids, padded to the longest of all
     lengths: Tensor  # (N,) tokens of each caption, with its start and end token
     caption_ids: Tensor  # (N,) the same number where the caption is the same
     image_ids: Tensor  # (N,) the same number where the picture is the same
+    split: Split = NO_ROWS  # the N rows that the pairs were made from
+    summary: str = ""  # for a report: how many, how many of them more than once, cut, unreadable
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 def prepare(split: Split, clip: Clip, name: str) -> Pairs:
-    """Decode, resize and crop every picture of a split, on all cores, and tokenize its captions."""
+    """The pairs of a split: each picture decoded once, on all cores, into the cache on disk; captions tokenized.
 
-    pixels = np.empty((len(split), 3, clip.image_size, clip.image_size), np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pictures = pool.map(lambda row: clip.picture(split.open_image(row)), range(len(split)))
-        for row, made in enumerate(tqdm(pictures, total=len(split), desc=f"{name} images", unit="image", leave=False)):
-            pixels[row] = made
-    tokens, lengths = clip.tokens(split.captions)
-    captions, images = _numbered(split.captions), _numbered([hash(picture.tobytes()) for picture in pixels])
-    return Pairs(torch.from_numpy(pixels), tokens, lengths, captions, images)
+    Pictures that cannot be read are left out: `split` of the result is what remains, and opens the cached squares, so
+    that the source is not needed any more. name: what the progress bar calls the pictures.
+    """
+    cache = open_cache(split, clip.image_size, name)
+    kept = split.select(cache.rows.tolist())
+    tokens, lengths, cut = _tokens(clip, kept.captions, cache.folder)
+    captions, images = _numbered(kept.captions), torch.from_numpy(cache.image_ids)
+    summary = (
+        f"{len(kept):,} pictures in {cache.folder}; {_repeated(images):.1%} of them and {_repeated(captions):.1%} of "
+        "the captions are there more than once"
+    )
+    if cut:
+        summary += f"; {cut:,} captions cut to {clip.context_length} tokens"
+    if len(kept) < len(split):
+        summary += f"; {len(split) - len(kept):,} more were unreadable and left out, see unreadable.tsv there"
+    squares = Split(kept.captions, kept.ids, kept.labels, Squares(cache), kept.origins)
+    return Pairs(CachedPixels(cache), tokens, lengths, captions, images, squares, summary)
 
 
-def _numbered(values: list) -> Tensor:
+def _tokens(clip: Clip, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int]:
+    """Token ids, lengths, and how many captions were cut; kept beside the pixels by tokenizer and captions."""
+    backend = clip.tokenizer.backend_tokenizer.to_str()
+    key = hashlib.sha256(json.dumps([backend, clip.context_length, captions]).encode()).hexdigest()[:16]
+    path = folder / f"tokens-{key}.safetensors"
+    if not path.is_file():
+        ids, lengths = clip.tokens(captions)
+        full = [captions[i] for i in (lengths == clip.context_length).nonzero().flatten().tolist()]
+        cut = sum(len(ids) > clip.context_length for ids in clip.tokenizer(full)["input_ids"]) if full else 0
+        part = path.with_suffix(f".{os.getpid()}")
+        save_file({"ids": ids.int(), "lengths": lengths, "cut": torch.tensor(cut)}, part)
+        part.replace(path)
+    found = load_file(path)
+    return found["ids"].long(), found["lengths"], int(found["cut"])
+
+
+def _numbered(values: list[str]) -> Tensor:
     """(N,) int64: equal values get equal numbers."""
-    numbers: dict = {}
+    numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
+
+
+def _repeated(ids: Tensor) -> float:
+    """The share of rows whose number some other row has too."""
+    return (ids.bincount()[ids] > 1).double().mean().item()
 
 
 def row_batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:

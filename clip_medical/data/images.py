@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from clip_medical.data.dicom import is_dicom, read_dicom
 from clip_medical.errors import UserError
 
 # Pillow warns above 89 megapixels and refuses above twice that. A large radiograph is no attack: the refusal is enough.
@@ -15,12 +16,16 @@ from clip_medical.errors import UserError
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class UnreadableImage(UserError):
+    """One image is damaged, missing or in no known format. A data set can do without a few of them."""
+
+
 def decode(source: Path | bytes | Image.Image | dict[str, Any], name: str) -> Image.Image:
     """Read one whole image: mode "L" or "RGB", 8 bits, upright by its EXIF orientation, the first frame of several.
 
     source  a file, its bytes, a PIL image, or {"bytes": ..., "path": ...} as Hugging Face datasets stores images
     name    what an error message calls it
-    Raises UserError, with the name and the reason, for whatever is not an intact image below Pillow's size limit.
+    Raises UnreadableImage, with the name and the reason, for whatever is not an intact image below Pillow's size limit.
     """
     try:
         if isinstance(source, dict):
@@ -28,18 +33,18 @@ def decode(source: Path | bytes | Image.Image | dict[str, Any], name: str) -> Im
         data = source.read_bytes() if isinstance(source, Path) else source
         if data == b"":
             raise ValueError("it is empty")
-        if isinstance(data, bytes) and data[128:132] == b"DICM":
-            raise ValueError("it is a DICOM file; export it to PNG first, with the window you want")
+        if isinstance(data, bytes) and is_dicom(data):
+            return read_dicom(data)
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         image.load()
         if 0 in image.size:
             raise ValueError(f"it has {image.width} x {image.height} pixels")
         return _eight_bit(_upright(image))
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"image {name} cannot be read: it is in no image format that Pillow knows.") from error
+        raise UnreadableImage(f"image {name} cannot be read: it is in no image format that Pillow knows.") from error
     except Exception as error:  # on damaged files Pillow's readers raise anything from SyntaxError to struct.error
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"image {name} cannot be read: {reason}.") from error
+        raise UnreadableImage(f"image {name} cannot be read: {reason}.") from error
 
 
 def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:

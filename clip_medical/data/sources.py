@@ -4,11 +4,12 @@ tables.py finds one table a split; here each table becomes rows that were checke
 every path), and the rows become the two splits that training reads.
 """
 
+import hashlib
 import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from clip_medical.data.images import decode
-from clip_medical.data.tables import SPLITS, Table, by_split, read_tables
+from clip_medical.data.roco import labels_from_cui
+from clip_medical.data.splits import Split, hold_out
+from clip_medical.data.tables import SPLITS, Table, Wish, by_split, read_tables
 from clip_medical.errors import UserError
 
 # Column names that real files use, best first; compared in lower case, with "_" for blanks and hyphens.
@@ -30,25 +33,6 @@ FACETS = {
     "view": ["view", "view_position", "projection", "plane"],
 }
 GROUP = "patient patient_id subject subject_id group study_id".split()
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows of one split: N captions, what is known of each, and a way to open each image."""
-
-    captions: list[str]  # N, non-empty, stripped
-    ids: list[str]  # N, unique: what an error message calls the row (file name, image_id or row number)
-    labels: dict[str, list[str]]  # facet -> N labels, "" where unknown; only the facets that the source has
-    open_image: Callable[[int], Image.Image]  # row -> "L" or "RGB", upright; UserError that names an unreadable one
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def select(self, indices: Sequence[int]) -> "Split":
-        """The rows at `indices`, in that order."""
-        labels = {facet: [values[i] for i in indices] for facet, values in self.labels.items()}
-        opener = partial(_open_selected, self.open_image, list(indices))
-        return Split([self.captions[i] for i in indices], [self.ids[i] for i in indices], labels, opener)
 
 
 @dataclass(frozen=True)
@@ -74,14 +58,20 @@ def load_data(
     caption_column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    revision: str | None = None,
+    streaming: bool = True,
     phantom_counts: tuple[int, int] = (1024, 512),
 ) -> Data:
     """Read captions, labels and the whereabouts of images; pixels are read by `open_image` alone.
 
     source          "phantoms"; a folder with metadata.csv or .jsonl, in itself or in train/, validation/ and test/;
-                    a .csv, .tsv, .jsonl or .parquet file; a folder of Parquet shards; or a Hub id "owner/name"
+                    a .csv, .tsv, .jsonl or .parquet file; a folder of Parquet shards; one that save_to_disk of
+                    `datasets` wrote; or a Hub id "owner/name"
     image_column, caption_column   the columns' names, where the usual ones (IMAGE, CAPTION above) do not find them
-    limit           a random sample, drawn by `seed`, of so many training rows, and of so many validation rows
+    limit           a random sample, drawn by `seed`, of so many training rows, and of so many validation rows; of
+                    Parquet shards within as few row groups as hold so many, so that few rows are few megabytes
+    revision        commit, tag or branch of a Hub id; default: its newest commit
+    streaming       read the Hub's Parquet shards where they lie; else download them all first
     phantom_counts  training and validation rows of "phantoms"
 
     Test rows are used only where there is no validation split; where there is neither, 10 % of the rows are held out.
@@ -93,7 +83,7 @@ def load_data(
         train, validation = map(partial(_phantoms, seed), ("train", "validation"), phantom_counts)
         said, rule = f"phantoms, seed {seed}", "splits of the source"
     else:
-        kind, tables = read_tables(source)
+        kind, tables = read_tables(source, Wish(revision, streaming, limit, seed))
         rows = {name: _read(table, image_column, caption_column) for name, table in tables.items()}
         train, validation, rule = _train_and_validation(rows, source, seed)
         said = f"{kind} {source}" + ("" if "" in tables else f" ({', '.join(tables)})")
@@ -114,10 +104,15 @@ def _read(table: Table, image_column: str | None, caption_column: str | None) ->
     image = _pick(table, image_column or image, IMAGE, "image")
     caption = _pick(table, caption_column, CAPTION, "caption")
     ids = _ids(table, image)
-    cells = table.columns[image] if image in table.pixels else _existing(table, ids)
+    if image in table.pixels:
+        cells: Sequence[Any] = table.columns[image]
+        origins = [f"{origin} {image}" for origin in table.origins]
+    else:
+        cells, origins = _existing(table, ids)
     others = [name for name in table.columns if name not in (image, caption)]
     found = {facet: _find(others, usual) for facet, usual in FACETS.items()}
-    labels = {facet: _texts(table.columns[name]) for facet, name in found.items() if name}
+    labels = labels_from_cui(table.columns["cui"]) if _lists(table.columns.get("cui")) else {}
+    labels |= {facet: _texts(table.columns[name]) for facet, name in found.items() if name}
     part, group = _find(others, ["split"]), _find(others, GROUP)
     owner: dict[str, str] = {}  # image -> its patient: two rows of one image have one tie, whatever their groups say
     patients = _texts(table.columns[group]) if group else [""] * len(ids)
@@ -125,7 +120,7 @@ def _read(table: Table, image_column: str | None, caption_column: str | None) ->
     captions = _captions(table.columns[caption], ids, f"{table.where}, column {caption!r}")
     repeated = {name for name, count in Counter(ids).items() if count > 1}
     unique = [f"{name} (row {i})" if name in repeated else name for i, name in enumerate(ids, start=1)]
-    split = Split(captions, unique, labels, partial(_open_cell, cells, table.root, unique))
+    split = Split(captions, unique, labels, partial(_open_cell, cells, table.root, unique), origins)
     return _Rows(split, _texts(table.columns[part]) if part else [], ties)
 
 
@@ -149,6 +144,10 @@ def _pick(table: Table, wanted: str | None, usual: Sequence[str], kind: str) -> 
     return found
 
 
+def _lists(values: Sequence[Any] | None) -> bool:
+    return values is not None and any(isinstance(value, list) for value in values[:])
+
+
 def _texts(values: Sequence[Any]) -> list[str]:
     return ["" if v is None or v != v else str(v).strip() for v in values[:]]  # v != v: NaN, a missing number
 
@@ -164,26 +163,26 @@ def _captions(values: Sequence[Any], ids: list[str], where: str) -> list[str]:
     return captions
 
 
-def _existing(table: Table, names: list[str]) -> list[str]:
-    paths, missing = [], []
+def _existing(table: Table, names: list[str]) -> tuple[list[str], list[str]]:
+    """The images' paths, and with size and time of change the origins of their pixels."""
+    paths, origins, missing = [], [], []
     for row, name in enumerate(names, start=1):
         path = os.path.join(table.root, name)
         if not os.path.isfile(path) and "\\" in name:  # a table written on Windows
             path = os.path.join(table.root, name.replace("\\", "/"))
-        if not os.path.isfile(path):
+        if os.path.isfile(path):
+            status = os.stat(path)
+            origins.append(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}")
+        else:
             missing.append(f"{row} ({name or 'no path'})")
         paths.append(path)
     if missing:
         some = f"{len(missing)} images of {len(names)} are not in {table.root}"
         raise UserError(f"{table.where}: {some}, the first of them in row {', '.join(missing[:3])}.")
-    return paths
+    return paths, origins
 
 
 # Opening a row is a function with bound arguments and not a closure, so that it can be sent to worker processes.
-
-
-def _open_selected(open_image: Callable[[int], Image.Image], indices: list[int], row: int) -> Image.Image:
-    return open_image(indices[row])
 
 
 def _open_cell(cells: Sequence[Any], root: Path, ids: list[str], row: int) -> Image.Image:
@@ -204,7 +203,12 @@ def _phantoms(seed: int, split: str, count: int) -> Split:
 
     captions, labels = zip(*(describe(seed, split, i) for i in range(count)), strict=True)
     by_facet = {facet: [label[facet] for label in labels] for facet in FACETS}
-    return Split(list(captions), [f"{split} {i}" for i in range(count)], by_facet, partial(_open_phantom, seed, split))
+    drawn_by = hashlib.sha256()
+    for name in ("phantoms.py", "scanners.py"):
+        drawn_by.update(Path(__file__).with_name(name).read_bytes())
+    origins = [f"phantoms {drawn_by.hexdigest()[:16]} {seed} {split} {i:09}" for i in range(count)]
+    ids = [f"{split} {i}" for i in range(count)]
+    return Split(list(captions), ids, by_facet, partial(_open_phantom, seed, split), origins)
 
 
 # ---- rows -> training and validation
@@ -226,23 +230,6 @@ def _train_and_validation(read: dict[str, _Rows], source: str, seed: int) -> tup
     if len(splits) == 2:
         (_, train), (name, validation) = splits.items()
         return train, validation, "splits of the source" + ", test for validation" * (name == "test")
-    kept, held = _hold_out(rows, ties, seed, source)
+    kept, held = hold_out(rows, ties, seed, source)
     rule = f"{100 * len(held) / len(rows):.0f} % held out by seed {seed}, rows of one image or group kept together"
     return split.select(kept), split.select(held), rule
-
-
-def _hold_out(rows: list[int], ties: list[str], seed: int, source: str) -> tuple[list[int], list[int]]:
-    """A tenth of `rows` is held out -> (kept, held), with no tie from one to the other."""
-    groups: dict[str, list[int]] = {}
-    for row in rows:
-        groups.setdefault(ties[row], []).append(row)
-    if len(groups) < 2:
-        raise UserError(f"{source}: there is nothing to hold out, as all rows ({len(rows)}) are of one image or group.")
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)
-    held: list[int] = []
-    for group in order:
-        if len(held) + len(group) <= max(1, round(len(rows) / 10)):  # a group that is too large stays in training
-            held += group
-    held = held or min(order, key=len)
-    return sorted(set(rows) - set(held)), sorted(held)

@@ -179,7 +179,7 @@ def test_first_frame_of_several() -> None:
         (encoded(Image.fromarray(COLOUR), "PNG")[:-900], "truncated"),
         (encoded(Image.fromarray(COLOUR), "JPEG")[:-300], "truncated"),
         (encoded(Image.fromarray(COLOUR), "PNG")[:60] + b"\xff" * 600, "."),
-        (bytes(128) + b"DICM" + bytes(100), "DICOM"),
+        (bytes(128) + b"DICM" + bytes(100), "Transfer Syntax"),
         ({"bytes": None, "path": None}, "empty"),
         (Image.new("L", (0, 5)), "0 x 5"),
     ],

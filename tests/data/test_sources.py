@@ -395,30 +395,61 @@ def test_parquet_rows_without_image_or_caption(parquet: Callable[..., Path]) -> 
         load_data(str(parquet("b.parquet", columns | {"caption": ["a", None, "c"]})))
 
 
-def test_hub_data_sets_stay_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an Image column that decodes every picture as soon as captions are read."""
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    """Catches an Image column that decodes every picture as soon as captions are read, and a folder not recognised."""
     datasets = pytest.importorskip("datasets")
-    rows = {"image": [{"bytes": b"broken", "path": None}] * 4, "caption": [f"c {i}" for i in range(4)]}
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(6)], "caption": [f"c {i}" for i in range(6)]}
+    rows["image"][0]["bytes"] = b"broken"
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    hub = datasets.DatasetDict({name: datasets.Dataset.from_dict(rows, features) for name in ("train", "validation")})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, data_files: {"owner/name": hub}[name])
-    data = load_data("owner/name", limit=3)
-    assert data.source == "Hub owner/name (train, validation)"
-    assert len(data.train) == 3
-    with pytest.raises(UserError, match="row [1-4] "):
+    whole = datasets.Dataset.from_dict(rows, features)
+    whole.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=whole, validation=whole).save_to_disk(str(tmp_path / "two"))
+    data = load_data(str(tmp_path / "two"))
+    assert (len(data.train), len(data.validation), data.source) == (6, 6, f"folder {tmp_path}/two (train, validation)")
+    assert levels(data.train.select(range(1, 6))) == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="row 1 "):
         data.train.open_image(0)
+    one = load_data(str(tmp_path / "one"))
+    assert sorted(numbers(one.train) + numbers(one.validation)) == list(range(6))
+    assert len({*one.train.origins, *one.validation.origins, *data.train.origins, *data.validation.origins}) == 18
+    (tmp_path / "two" / "train" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="save_to_disk wrote there cannot be read"):
+        load_data(str(tmp_path / "two"))
 
 
-def test_without_a_network_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback of forty lines where the wire is cut or a folder is misspelt."""
+def test_parquet_is_read_a_row_group_at_a_time(tmp_path: Path, parquet: Callable[..., Path]) -> None:
+    """Catches row groups mixed up or kept for ever, a limit that opens them all, and threads that see others' rows."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from clip_medical.data import parquet as reader
+
+    cells = {"image": [png(i) for i in range(200)], "caption": [f"c {i}" for i in range(200)]}
     datasets = pytest.importorskip("datasets")
+    path = tmp_path / "train.parquet"
+    datasets.Dataset.from_dict(cells).to_parquet(path, batch_size=10)
+    columns, pixels, origins = reader.read_shards([reader.local_shard(str(path))], None, 0)
+    column = columns["image"]
+    assert isinstance(column, reader.ImageColumn) and pixels == ["image"] and len(column.groups) == 20
+    order = [*range(200), *np.random.default_rng(0).permutation(200).tolist()]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(column.__getitem__, order)) == [cells["image"][row] for row in order]
+    assert len(column._held) <= reader.ImageColumn.HELD
+    assert origins == sorted(origins) and len(set(origins)) == 200
+    few, _, _ = reader.read_shards([reader.local_shard(str(path))], 15, 0)
+    other, _, _ = reader.read_shards([reader.local_shard(str(path))], 15, 1)
+    assert len(few["caption"]) == 20 and few["caption"] != other["caption"]
+    assert [int(caption[2:]) for caption in few["caption"]] == [Image.open(io.BytesIO(cell)).getpixel((0, 0))
+                                                               for cell in few["image"]]  # fmt: skip
+    with pytest.raises(IndexError):
+        column[200]
 
-    def unreachable(name: str, data_files: None) -> None:
-        raise ConnectionError(f"Couldn't reach {name}\nand so on")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match="owner/name is no file or folder here, .*: Couldn't reach owner/name$"):
-        load_data("owner/name")
+def test_shards_that_disagree_are_named(parquet: Callable[..., Path]) -> None:
+    """Catches rows of one shard read with the columns of another."""
+    parquet("train-0.parquet", {"image": [png(0)] * 3, "caption": ["a", "b", "c"]})
+    path = parquet("train-1.parquet", {"image": [png(0)] * 3, "text": ["a", "b", "c"]})
+    with pytest.raises(UserError, match="train-1.parquet has other columns than .*train-0.parquet"):
+        load_data(str(path.parent))
 
 
 def test_phantoms_are_drawn_when_opened(monkeypatch: pytest.MonkeyPatch) -> None:

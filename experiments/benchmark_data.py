@@ -1,0 +1,215 @@
+"""How fast images come to the model: `python -m experiments.benchmark_data`, about 5 minutes on two cores.
+
+Three ways over the same Parquet shards of PNG in the sizes of ROCOv2, with all cores, one after another in each round:
+
+    usual        datasets and CLIPProcessor batch by batch in a DataLoader, as most training scripts have it
+    first_pass   our first epoch: decode, resize, crop, write the cache
+    cached       our later epochs: read the cache
+
+in images/s, the median of the rounds, as pixels ready for the model (`usual`: normalised floats; ours: uint8, which the
+device normalises). Then the peak memory of a first pass and an epoch over 1,000 and over 20,000 images, each in a
+process of its own. Written to experiments/results/benchmark_data.json with command, seed, versions and hardware.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clip_medical import command_line, load_clip
+from clip_medical.data.batches import Pairs, prepare, row_batches
+from clip_medical.data.cache import ROOT_VARIABLE
+from clip_medical.data.phantoms import phantom
+from clip_medical.data.sources import load_data
+from clip_medical.errors import UserError
+from clip_medical.evaluation.report import environment
+
+RESULT = Path(__file__).parent / "results" / "benchmark_data.json"
+SIZE, BATCH = 224, 64  # ViT-B/32's pixels; pairs
+SHARD = 250  # images in one
+
+
+@dataclass(frozen=True)
+class Options:
+    """Images per second, the usual way and ours, and the memory that ours takes."""
+
+    images: int = 1000
+    """Images in the measured data set."""
+    rounds: int = 3
+    """Times that each way is measured; the median counts."""
+    many: int = 20_000
+    """Images of the larger memory measurement, against 1,000."""
+    seed: int = 0
+    """Draws the images."""
+
+    def __post_init__(self) -> None:
+        if self.images < 2 * BATCH or self.rounds < 1 or self.many < 1000:
+            raise UserError(f"give --images of {2 * BATCH}, --rounds of 1 and --many of 1000 or more.")
+
+
+def write_shards(folder: Path, count: int, seed: int) -> None:
+    """`count` PNG images in Parquet shards. ROCOv2 on the Hub has them 225 to 260 kB large, most of them grey."""
+    import datasets
+
+    rng = np.random.default_rng(seed)
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    for first in range(0, count, SHARD):
+        rows: dict[str, list[Any]] = {"image": [], "caption": []}
+        for i in range(first, min(first + SHARD, count)):
+            drawn = phantom(seed, "benchmark", i)
+            width, height = (int(side) for side in rng.normal((640, 560), (120, 110)).clip(250, 1200))
+            body = np.asarray(drawn.image.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+            grain = body + rng.normal(0, 4, body.shape)  # without it a PNG would shrink to a tenth
+            pixels = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
+            if rng.random() < 0.1:  # coloured, as Doppler ultrasound is
+                pixels = Image.merge("RGB", (pixels, pixels, pixels.point(lambda value: 255 - value)))
+            rows["image"].append(pixels)
+            rows["caption"].append(drawn.caption)
+        shard = datasets.Dataset.from_dict(rows, features)
+        shard.to_parquet(folder / f"train-{first // SHARD:05}.parquet", batch_size=100)  # rows a group, as on the Hub
+
+
+def usual(folder: Path) -> float:
+    """Images/s of datasets and CLIPProcessor. The start of the workers is not counted."""
+    import datasets
+    from transformers import CLIPImageProcessor, CLIPProcessor
+
+    files = sorted(str(path) for path in folder.glob("*.parquet"))
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "datasets"))
+    processor = CLIPProcessor(CLIPImageProcessor(), load_clip().tokenizer)
+
+    def collate(batch: list[dict[str, Any]]) -> Any:
+        torch.set_num_threads(1)
+        images, texts = [row["image"].convert("RGB") for row in batch], [row["caption"] for row in batch]
+        return processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True)
+
+    cores = len(os.sched_getaffinity(0))
+    loader = torch.utils.data.DataLoader(
+        rows,  # type: ignore[arg-type]
+        BATCH,
+        shuffle=True,
+        num_workers=cores,
+        collate_fn=collate,
+        multiprocessing_context="fork",
+        prefetch_factor=2,
+    )
+    count, batches = 0, iter(loader)
+    for _ in range(cores):  # the first batch of each worker holds its start
+        next(batches)
+    began = time.perf_counter()
+    for batch in batches:
+        count += len(batch["pixel_values"])
+    return count / (time.perf_counter() - began)
+
+
+def ours(folder: Path) -> Pairs:
+    """The cached pairs of the shards, as train.py makes them."""
+    clip = load_clip()
+    clip.image_size = SIZE
+    data = load_data(str(folder))
+    return prepare(data.train, clip, "benchmark")
+
+
+def epoch(pairs: Pairs) -> int:
+    """Every batch of one epoch in memory, as training asks for it; returns how many images that were."""
+    batches = row_batches(len(pairs), BATCH, seed=0)
+    count = 0
+    for _ in range(len(pairs) // BATCH):
+        rows = next(batches)
+        count += len(pairs.pixels[rows]) + 0 * len(pairs.tokens[rows])
+    return count
+
+
+def first_pass_and_cached(folder: Path) -> tuple[float, float]:
+    """Images/s of the first pass into an empty cache, captions included, and of an epoch after it."""
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        os.environ[ROOT_VARIABLE] = root
+        began = time.perf_counter()
+        pairs = ours(folder)
+        first = len(pairs) / (time.perf_counter() - began)
+        began = time.perf_counter()
+        count = epoch(pairs)
+        return first, count / (time.perf_counter() - began)
+
+
+def peak_memory(folder: Path, count: int) -> float:
+    """Peak resident memory in MB of a first pass and an epoch over `count` images: copies of the first 1,000."""
+    with tempfile.TemporaryDirectory(dir=folder) as copies:
+        shards = sorted(folder.glob("*.parquet"))
+        for number in range(-(-count // SHARD)):
+            os.link(shards[number % len(shards)], Path(copies) / f"train-{number:05}.parquet")
+        return _in_own_process(_measure_memory, Path(copies))
+
+
+def _measure_memory(folder: Path) -> float:
+    os.environ[ROOT_VARIABLE] = str(folder / "cache")
+    epoch(ours(folder))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _in_own_process(function: Callable[[Path], float], folder: Path) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, (folder,))
+
+
+def run(options: Options) -> int:
+    rates: dict[str, list[float]] = {"usual": [], "first_pass": [], "cached": []}
+    folder = Path(tempfile.mkdtemp(prefix="benchmark_data-"))
+    try:
+        print(f"Drawing  {options.images:,} PNG images in Parquet shards")
+        write_shards(folder, options.images, options.seed)
+        size = sum(path.stat().st_size for path in folder.glob("*.parquet")) / options.images / 1e3
+        for number in range(options.rounds):
+            rates["usual"].append(usual(folder))
+            first, cached = first_pass_and_cached(folder)
+            rates["first_pass"].append(first)
+            rates["cached"].append(cached)
+            print(f"Round {number + 1}  usual {rates['usual'][-1]:,.0f}, first pass {first:,.0f}, "
+                  f"cached {cached:,.0f} images/s")  # fmt: skip
+        memory = {str(count): round(peak_memory(folder, count), 1) for count in (1000, options.many)}
+    finally:
+        shutil.rmtree(folder)
+    result: dict[str, Any] = {name: round(statistics.median(values), 1) for name, values in rates.items()}
+    result["first_pass_to_usual"] = round(result["first_pass"] / result["usual"], 2)
+    result["cached_to_usual"] = round(result["cached"] / result["usual"], 2)
+    result |= {
+        "rounds": rates,
+        "peak_memory_mb": memory,
+        "images": options.images,
+        "kilobytes_an_image": round(size, 1),
+    }
+    result |= {"pixels": SIZE, "batch_size": BATCH, "seed": options.seed, "environment": environment()}
+    result["command"] = shlex.join(["python", "-m", "experiments.benchmark_data", *sys.argv[1:]])
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nusual way    {result['usual']:9,.0f} images/s    1 x   ({size:.0f} kB an image, {SIZE} pixels wide)")
+    print(f"first pass   {result['first_pass']:9,.0f} images/s {result['first_pass_to_usual']:4.1f} x")
+    print(f"cached       {result['cached']:9,.0f} images/s {result['cached_to_usual']:4.0f} x")
+    print("peak memory  " + ", ".join(f"{int(count):,} images: {mb:,.0f} MB" for count, mb in memory.items()))
+    print(f"Saved        {RESULT}")
+    return 0
+
+
+def main() -> int:
+    return command_line.exit_code(
+        "benchmark_data",
+        lambda: run(command_line.parse(Options, sys.argv[1:], "python -m experiments.benchmark_data")),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
