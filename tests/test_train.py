@@ -139,13 +139,6 @@ def test_ctrl_c_ends_the_process_with_its_work_saved(tmp_path: Path) -> None:
     load_run(tmp_path / "run")
 
 
-def test_checkpointing_trains_the_same(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches gradients that are lost, or differ, when activations are computed twice."""
-    assert run(monkeypatch, *SMALL, "--steps", "4", "--checkpointing", "on", "--output", tmp_path / "run") == 0
-    for name, tensor in adapter(finished).items():
-        torch.testing.assert_close(adapter(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-6)
-
-
 def test_the_flight_check_stops_a_run_that_cannot_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the silent failure of lost gradients: here the features are cut off from the graph on purpose."""
     from clip_medical.model import Clip
@@ -155,6 +148,69 @@ def test_the_flight_check_stops_a_run_that_cannot_learn(tmp_path: Path, monkeypa
     with pytest.raises(RuntimeError, match="gradients"):
         run(monkeypatch, *SMALL, "--steps", "2", "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_chunks_and_checkpointing_train_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a --chunk-size that makes small batches of a large one, and a flag that does not reach the loop."""
+    flags = ["--chunk-size", "5", "--checkpointing", "on"]
+    assert run(monkeypatch, *SMALL, "--steps", "4", *flags, "--output", tmp_path / "run") == 0
+    for name, tensor in adapter(finished).items():
+        torch.testing.assert_close(adapter(tmp_path / "run")[name], tensor, rtol=1e-3, atol=1e-5)
+    assert "4 chunks of up to 5, with checkpointing" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_one_batch_is_learned_by_heart_and_the_best_adapter_is_kept(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """Catches a loop that cannot learn, --overfit-batch on changing batches, and a best that is the last one."""
+    flags = ["--overfit-batch", "--validate-every", "3", "--lr", "1e-2", "--warmup", "0.1"]
+    assert run(monkeypatch, *SMALL, "--steps", "30", *flags, "--output", tmp_path / "run") == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["loss"] > 1 and records[-1]["loss"] < 0.05
+    recalls = {r["step"]: r["validation_recall"] for r in records if "validation_recall" in r}
+    assert list(recalls) == list(range(3, 31, 3))
+    best = max(recalls, key=lambda step: recalls[step])  # the earliest of equals
+    assert f"Adapter  of step {best}, best of 10" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())["adapted"]["retrieval"]
+    ways = [report[way][f"recall@{k}"]["value"] for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    assert np.mean(ways) == pytest.approx(recalls[best])
+
+
+def test_a_loss_that_is_not_finite_names_its_rows(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Catches NaN weights in the checkpoint, and a user who is left to guess which picture did it."""
+    taken: list[torch.Tensor] = []
+    original = train.contrastive_backward
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        taken.append(arguments[2])
+        return original(*arguments) * (float("nan") if len(taken) == 3 else 1)
+
+    monkeypatch.setattr(train, "contrastive_backward", poisoned)
+    assert run(monkeypatch, *SMALL, "--steps", "9", "--output", tmp_path / "run") == 2
+    assert "step 3 is nan" in capsys.readouterr().err
+    named = json.loads((tmp_path / "run" / "non_finite_batch.json").read_text())
+    assert named["rows"] == taken[2].tolist() and len(named["names"]) == 16
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and all(w.isfinite().all() for w in state["learner"]["parameters"])
+
+
+def test_tensorboard_has_the_curves_or_says_how_to_get_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Catches a flag that writes nothing, and an ImportError in the face of who has not installed it."""
+    from clip_medical.training.progress import Progress
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(monkeypatch, *SMALL, "--steps", "2", "--tensorboard", "--output", tmp_path / "run") == 2
+    assert "pip install" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    with Progress(tmp_path, 0, 2, tensorboard=True) as progress:
+        progress.step({"step": 1, "loss": 2.5, "lr": 1e-3, "pairs_per_second": 9.0, "waiting": 0.1, "peak_gib": 1.0})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5)]
 
 
 def picture_folder(folder: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("file_name", "text")) -> Path:
@@ -197,7 +253,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "learning rate that is no number": (["--lr", "nan"], "--lr"),
     "model that is no folder with a model": (["--model", "{tmp}/good"], "config.json"),
     "resume without output": (["--resume"], "--output"),
-    "resume of nothing": (["--resume", "--output", "{tmp}/nothing"], "no checkpoint"),
+    "resume of nothing": (["--resume", "--output", "{tmp}/nothing"], "no run to resume"),
+    "chunk of no pairs": (["--chunk-size", "0"], "--chunk-size"),
+    "LoRA+ ratio of zero": (["--lora-plus", "0"], "--lora-plus"),
 }
 
 

@@ -62,13 +62,13 @@ def contrastive_backward(
     loss, to_images, to_texts = _from_loss(image_features, text_features, clip.model.logit_scale, ids, scale)
     gradients = [*to_images.split(chunk_size), *to_texts[by_length].split(text_chunk)]
 
-    if one_chunk:
-        torch.autograd.backward(features, gradients)
-    else:
-        for encode, state, gradient in zip([*images, *texts], before, gradients, strict=True):
+    for encode, state, feature, gradient in zip([*images, *texts], before, features, gradients, strict=True):
+        if not one_chunk:
             restore(state)
-            encode().backward(gradient)
-        restore(after)
+            feature = encode()
+        if feature.requires_grad:  # not where only the other tower has an adapter
+            feature.backward(gradient)
+    restore(after)
     distributed.add_up_gradients(p for p in clip.model.parameters() if p.requires_grad)
     return loss
 

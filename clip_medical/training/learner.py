@@ -65,7 +65,7 @@ class Learner:
         return norm.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later `load_state_dict` needs to go on to the bit; the weights are copies, on the CPU."""
+        """All that a later `load_state_dict` needs to go on to the bit."""
         return {
             "parameters": self.weights(),
             "optimizer": self.optimizer.state_dict(),

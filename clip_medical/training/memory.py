@@ -53,7 +53,7 @@ def set_checkpointing(clip: Clip, on: bool) -> None:
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # older transformers
     if on:
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
+    elif getattr(model, f"is_{name}_checkpointing"):
         getattr(model, f"{name}_checkpointing_disable")()
 
 
@@ -137,6 +137,10 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; True would import all of torch.compile, seconds of it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

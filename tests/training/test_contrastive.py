@@ -125,3 +125,17 @@ def test_scaling_reaches_every_gradient() -> None:
     plain = gradients(clip)
     contrastive_backward(clip, data, torch.arange(N), 5, scale=lambda loss: 1024 * loss)
     assert relative([g / 1024 for g in gradients(clip)], plain) < 1e-5
+
+
+@pytest.mark.parametrize("chunk_size", [5, 1000])
+def test_one_tower_may_have_the_adapter_alone(chunk_size: int) -> None:
+    """Catches a step that stops where the features of the other tower have no gradient to take."""
+    clip, data = small_clip(), pairs()
+    contrastive_backward(clip, data, torch.arange(N), chunk_size)
+    both = [p.grad.clone() for n, p in clip.model.named_parameters() if "vision" in n and p.grad is not None]
+    clip.model.zero_grad(set_to_none=True)
+    clip.model.text_model.requires_grad_(False)
+    contrastive_backward(clip, data, torch.arange(N), chunk_size)
+    alone = [p.grad for n, p in clip.model.named_parameters() if "vision" in n and p.grad is not None]
+    assert len(alone) == 8 and relative(alone, both) < 1e-5
+    assert all(p.grad is None for p in clip.model.text_model.parameters())

@@ -1,9 +1,9 @@
 """Two processes learn what one learns from the same batch; and where they must not differ, they do not."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("chunk_size", [1000, 4])
 def test_two_processes_have_the_gradient_of_the_united_batch(tmp_path: Path, chunk_size: int) -> None:
-    """Catches negatives that stay on their process, gradients averaged or not added, positives cut at the border."""
+    """Catches negatives that stay on their own process, averaged gradients, positives lost at the border."""
     runs = [start(batch_gradient, tmp_path, chunk_size, world=world) for world in (1, 2)]
     assert [finish(started) for started in runs] == [[0], [0, 0]]
     expected_loss, expected = torch.load(tmp_path / f"0-of-1-by-{chunk_size}.pt")
@@ -59,17 +59,10 @@ def test_a_failing_process_ends_the_others_with_its_message(tmp_path: Path) -> N
         "        dist.barrier()\n"
         "sys.exit(command_line.exit_code('fails.py', action))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(script)]
-    began = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_here(), timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    here = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=here, timeout=300)  # far from 1,800
     assert done.returncode != 0 and "fails.py: rank 1 has no picture" in done.stderr
-    assert time.monotonic() - began < 300
-
-
-def _here() -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

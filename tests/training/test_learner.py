@@ -1,5 +1,6 @@
 """The optimizer step with all that hangs on it: order of operations, skipped steps, the schedule, the saved state."""
 
+import copy
 import math
 
 import pytest
@@ -66,3 +67,57 @@ def test_the_temperature_is_not_decayed() -> None:
         p.grad = torch.zeros_like(p)
     one.step(1.0)
     assert torch.equal(one.parameters[2], before[2]) and one.parameters[0].norm() < before[0].norm()
+
+
+def test_skipped_steps_are_counted() -> None:
+    """Catches a counter that forgets, or that counts the steps which were taken."""
+    one = learner(scaled=True)
+    for factor in (float("inf"), 1.0, float("nan"), 1.0, 1.0):
+        backward(one, factor)
+        one.step(1.0)
+    assert one.skipped == 2 and one.schedule.last_epoch == 3
+
+
+def test_a_b_and_the_temperature_learn_at_their_own_rates() -> None:
+    """Catches LoRA+ on A instead of B, and a temperature that follows --lr. Adam's first step is one rate long."""
+    one = learner(lr=1e-3, lora_plus=16.0, logit_scale_lr=0.5, warmup=0.0, weight_decay=0.0)
+    before = one.weights()
+    backward(one)
+    one.step(1e9)
+    moved = [(a - b).abs().mean().item() for a, b in zip(before, one.weights(), strict=True)]
+    assert moved == pytest.approx([1e-3, 16e-3, 0.5], rel=1e-3)
+    assert one.lr == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize(("begin", "direction", "end"), [(4.6, -1.0, math.log(100)), (0.01, 1.0, 0.0)])
+def test_the_temperature_stays_in_its_range(begin: float, direction: float, end: float) -> None:
+    """Catches a scale that runs away above 100, where fp16 logits saturate, or that turns rankings around below 1."""
+    one = learner(logit_scale_lr=0.5, warmup=0.0)
+    one.logit_scale.data.fill_(begin)
+    for p in one.parameters:
+        p.grad = torch.full_like(p, direction)
+    one.step(1.0)
+    assert one.logit_scale.item() == pytest.approx(end)
+
+
+def test_a_frozen_temperature_is_left_alone() -> None:
+    """Catches a logit_scale that is learned, or saved among what was, although nobody asked for it."""
+    torch.manual_seed(0)
+    adapter = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4, 3))]
+    one = Learner(adapter, nn.Parameter(torch.tensor(2.0), requires_grad=False), Config(), 5, scaled=False)
+    assert len(one.weights()) == 2 and len(one.optimizer.param_groups) == 2
+
+
+def test_what_was_saved_goes_on_as_what_was_not() -> None:
+    """Catches a moment of Adam, a place in the schedule or a loss scale that is left out of the state."""
+    one = learner(scaled=True, dropout=0.0)
+    for factor in (1.0, float("inf"), 1.0):
+        backward(one, factor)
+        one.step(1.0)
+    other = learner(scaled=True)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))  # as from a file: sharing nothing
+    for each in (one, other):
+        backward(each)
+        each.step(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(one.weights(), other.weights(), strict=True))
+    assert (one.lr, one.skipped, one.scaler.get_scale()) == (other.lr, other.skipped, other.scaler.get_scale())
