@@ -67,7 +67,7 @@ class Cache:
         channels = int(self.channels[rows].max(initial=1))
         out = np.empty((len(rows), channels, self.size, self.size), np.uint8)
         for square, row in zip(out, rows, strict=True):
-            os.preadv(self._file.fileno(), [square[: self.channels[row]]], int(self.offsets[row]))
+            os.preadv(self._file.fileno(), [square[: self.channels[row]].data], int(self.offsets[row]))
             square[self.channels[row] :] = square[0]  # a grey picture among coloured ones
         return out
 
@@ -183,7 +183,7 @@ def _write_part(rows: list[int], squares: Iterator[np.ndarray | str], pixels: An
         else:
             pixels.write(square)
         part.channels.append(0 if isinstance(square, str) else len(square))
-        part.digests.append("" if isinstance(square, str) else hashlib.blake2b(square, digest_size=16).hexdigest())
+        part.digests.append("" if isinstance(square, str) else hashlib.blake2b(square.data, digest_size=16).hexdigest())
         bar.update()
     _to_disk(pixels)  # before the journal says so
     part = part._replace(end=pixels.tell())
