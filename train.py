@@ -6,194 +6,180 @@ lora/layer.py, what the loss is in clip_medical/training/losses.py; each flag is
 
 import json
 import math
+import os
 import shlex
-import signal
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
+from itertools import repeat
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from clip_medical import command_line
 from clip_medical.config import PRESETS, Config
-from clip_medical.data.batches import Pairs, prepare, row_batches
-from clip_medical.data.sources import load_data
+from clip_medical.data.batches import prepare, row_batches
+from clip_medical.data.sources import Data, load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_text, environment, evaluate, table, write_report
-from clip_medical.model import Clip, load_clip
+from clip_medical.model import load_clip
 from clip_medical.provenance import data_fingerprint
-from clip_medical.runs import STATE, choose_folder, load_run, save_run, write_text
+from clip_medical.runs import choose_folder, load_run, save_run, write_text
+from clip_medical.training import distributed
+from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.flight_check import flight_check
+from clip_medical.training.job import Job
 from clip_medical.training.learner import Learner
-from clip_medical.training.losses import info_nce, same_rows
+from clip_medical.training.memory import GIB, make_plan, out_of_memory_in_words, peak_memory
 from clip_medical.training.precision import choose_device, choose_precision
+from clip_medical.training.progress import METRICS, Progress, StopRequest, timed
 from lora import adapter_parameters, count_parameters, disabled, inject
 
 
 def run(preset: str, config: Config) -> int:
     """One adapter from start to report. Returns the exit code: 0 done, 130 stopped by hand with the work saved."""
-    folder = choose_folder(preset, config)
+    folder = distributed.from_rank_0(lambda: choose_folder(preset, config))
     device = choose_device()
     dtype, why = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
 
     # data: pairs of picture and caption
-    data = load_data(
-        config.data,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        limit=config.limit,
-        seed=config.seed,
-        revision=config.revision,
-        streaming=config.streaming == "on",
-    )
-    train, held_out = data.train, data.validation
-    if len(train) < config.batch_size:
-        raise UserError(
-            f"{data.source} has {len(train)} training pairs, too few for a batch of {config.batch_size}: "
-            f"give --batch-size {len(train)} or less, or more data."
+    with distributed.first_on_rank_0():
+        data = load_data(
+            config.data,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            limit=config.limit,
+            seed=config.seed,
+            revision=config.revision,
+            streaming=config.streaming == "on",
         )
-    print(f"Data     {data.source}: {len(train):,} training pairs, {len(held_out):,} held out ({data.split_rule})")
+        if len(data.train) < config.batch_size:
+            raise UserError(
+                f"{data.source} has {len(data.train)} training pairs, too few for a batch of {config.batch_size}: "
+                f"give --batch-size {len(data.train)} or less, or more data."
+            )
+    held_out = len(data.validation)
+    print(f"Data     {data.source}: {len(data.train):,} training pairs, {held_out:,} held out ({data.split_rule})")
 
     # model and adapter: all weights of CLIP are frozen; A and B are put beside each target layer
     clip = load_clip(config.model, device, dtype)
     inject(clip.model, config.targets, config.rank, config.alpha, config.dropout, config.rslora)
-    learned = adapter_parameters(clip.model)
-    if config.train_logit_scale:
-        learned.append(clip.model.logit_scale.requires_grad_(True))
-    if config.checkpointing == "on":  # the reentrant kind would lose the gradients where the input is frozen
-        clip.model.gradient_checkpointing_enable({"use_reentrant": False})
-    pairs, held_out_pairs = prepare(train, clip, "training"), prepare(held_out, clip, "held-out")
-    train, held_out = pairs.split, held_out_pairs.split
+    clip.model.logit_scale.requires_grad_(config.train_logit_scale)
+    with distributed.first_on_rank_0():
+        pairs, held_out_pairs = prepare(data.train, clip, "training"), prepare(data.validation, clip, "held-out")
     print(f"Images   training: {pairs.summary}\n         held out: {held_out_pairs.summary}")
 
     # loop
     steps = config.steps or config.epochs * (len(pairs) // config.batch_size)
-    learner = Learner(learned, config, steps, scaled=dtype == torch.float16)
+    learner = Learner(adapter_parameters(clip.model), clip.model.logit_scale, config, steps, dtype == torch.float16)
     print(f"Model    {config.model} on {device.type} in {str(dtype).removeprefix('torch.')}: {why}")
-    if config.resume:
-        done = learner.load(folder / STATE)
-    else:
-        done = 0
-        flight_check(clip, pairs, config, steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", json.dumps(asdict(config) | {"preset": preset}, indent=2) + "\n")
-    done = loop(clip, pairs, config, learner, folder, done, steps)
-    count = count_parameters(clip.model)
-    facts: dict[str, Any] = {
+    torch.manual_seed(config.seed + distributed.rank())  # from here on dropout draws: on each process its own
+    job = Job(folder, config, clip, pairs, held_out_pairs, learner, steps, pairs.split.ids)
+    learn(job, preset)
+    if distributed.rank() > 0:
+        return 0
+    if job.best.step:
+        learner.put_weights(job.best.weights)
+    facts = provenance(preset, job, data)
+    save_run(clip, folder, config, facts)
+    if job.done < steps:
+        flags = [flag for flag in sys.argv if flag != "--resume"] + ([] if config.output else ["--output", str(folder)])
+        print(f"\nStopped after step {job.done} of {steps}; the adapter and a checkpoint stand in {folder}. To go on:")
+        print(shlex.join(["python", *flags, "--resume"]))
+        return 130
+    report(job, data, facts)
+    return 0
+
+
+def learn(job: Job, preset: str) -> None:
+    """Go on from the checkpoint, or else see that the run can succeed before anything is written; then the loop."""
+    config, folder = job.config, job.folder
+    with out_of_memory_in_words(job):
+        if not (config.resume and job.resume()):
+            job.plan = make_plan(job.clip, job.pairs, config, distributed.divide(config.batch_size))
+            flight_check(job.clip, job.pairs, config, job.plan, job.steps)
+            if distributed.rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "config.json", json.dumps(asdict(config) | {"preset": preset}, indent=2) + "\n")
+            job.save()  # so that a run can be resumed whenever it is killed
+        loop(job)
+
+
+def loop(job: Job) -> None:
+    """Steps `job.done` + 1 to `job.steps`, each a line of metrics.jsonl. Ctrl-C ends it early, after a whole step."""
+    clip, config, learner = job.clip, job.config, job.learner
+    pairs, clock = timed(job.pairs)
+    batches = row_batches(len(pairs), config.batch_size, config.seed, start=job.done)
+    if config.overfit_batch:
+        batches = repeat(next(row_batches(len(pairs), config.batch_size, config.seed)))
+    clip.model.train()
+    stop, stopped, saved = StopRequest(), False, time.perf_counter()
+    with Progress(job.folder, job.done, job.steps, config.tensorboard) as progress:
+        while job.done < job.steps and not stopped:
+            began, clock.seconds, rows = time.perf_counter(), 0.0, next(batches)
+            loss = contrastive_backward(clip, pairs, rows, job.plan.chunk_size, learner.scaler.scale)
+            if not loss.isfinite():
+                job.refuse(rows, loss)
+            lr, norm = learner.lr, learner.step(config.clip_norm)
+            job.done, seconds = job.done + 1, time.perf_counter() - began
+            record = {
+                "step": job.done, "loss": loss.item(), "lr": lr, "temperature": (-clip.model.logit_scale).exp().item(),
+                "gradient_norm": norm if math.isfinite(norm) else None,  # not finite: a step that fp16 skipped
+                "skipped_steps": learner.skipped, "pairs_per_second": round(config.batch_size / seconds, 1),
+                "waiting": round(clock.seconds / seconds, 3), "peak_gib": round(peak_memory(clip.device) / GIB, 3),
+            }  # fmt: skip
+            if config.validate_every and (job.done % config.validate_every == 0 or job.done == job.steps):
+                record["validation_recall"] = job.validate()
+            progress.step(record)
+            due = time.perf_counter() - saved > 60 * config.checkpoint_every_minutes
+            due = due or bool(config.checkpoint_every_steps and job.done % config.checkpoint_every_steps == 0)
+            stopped, due = distributed.any_process(stop.asked, due, device=clip.device)
+            if due:
+                job.save()
+                saved = time.perf_counter()
+    job.save()
+
+
+def provenance(preset: str, job: Job, data: Data) -> dict[str, Any]:
+    """What is to stand beside the results: command, seed, data, model and machine."""
+    clip, config, count = job.clip, job.config, count_parameters(job.clip.model)
+    return {
         "run": {"command": shlex.join(["python", *sys.argv]), "preset": preset, "seed": config.seed},
-        "data": {"source": data.source, "training pairs": len(train), "held-out pairs": len(held_out),
+        "data": {"source": data.source, "training pairs": len(job.pairs), "held-out pairs": len(job.held_out),
                  "fingerprint": data_fingerprint(data)},
         "model": {"base": config.model, "revision": clip.revision, "fingerprint": clip.fingerprint,
                   "rank": config.rank, "trainable parameters": count.trainable,
                   "base parameters": count.total, "trainable in per cent": round(count.percent, 3)},
         "environment": environment(),
     }  # fmt: skip
-    save_run(clip, folder, config, facts)
-    if done < steps:
-        flags = [flag for flag in sys.argv if flag != "--resume"] + ([] if config.output else ["--output", str(folder)])
-        print(f"\nStopped after step {done} of {steps}; the adapter and a checkpoint stand in {folder}. To go on:")
-        print(shlex.join(["python", *flags, "--resume"]))
-        return 130
 
-    # report: the same measurements with the adapter switched off and on
+
+def report(job: Job, data: Data, facts: dict[str, Any]) -> None:
+    """The same measurements with the adapter switched off and on; and a look at what was saved."""
+    clip, config, folder, held_out = job.clip, job.config, job.folder, job.held_out.split
     with disabled(clip.model):
-        before = evaluate(clip, held_out_pairs, held_out)
-    after = evaluate(clip, held_out_pairs, held_out)
+        before = evaluate(clip, job.held_out, held_out)
+    after = evaluate(clip, job.held_out, held_out)
     print(f"\n{as_text(table(before.results, after.results))}")
-    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    facts["training"] = {"steps": steps, "batch size": config.batch_size, "learning rate": config.lr,
+    losses = [json.loads(line)["loss"] for line in (folder / METRICS).read_text().splitlines()]
+    facts["training"] = {"steps": job.steps, "batch size": config.batch_size, "learning rate": config.lr,
                          "first loss": losses[0], "last loss": sum(losses[-20:]) / len(losses[-20:])}  # fmt: skip
+    facts["training"] |= job.in_words()
     write_report(folder, facts, before, after, held_out, losses)
 
     # what was saved is what was trained: read it back and compare
     with torch.no_grad():
-        pixels = held_out_pairs.pixels[:8]
-        off = (load_run(folder, device, dtype).image_features(pixels) - clip.image_features(pixels)).abs().max().item()
+        pixels = job.held_out.pixels[:8]
+        again = load_run(folder, clip.device, clip.model.dtype).image_features(pixels)
+        off = (again - clip.image_features(pixels)).abs().max().item()
     if not off < 1e-4:
         raise RuntimeError(f"the adapter read back from {folder} gives features that differ by {off}")
     print(f"\nLoss     {losses[0]:.2f} at first, {facts['training']['last loss']:.2f} in the mean of the last 20 steps")
+    if job.best.step:
+        print(f"Adapter  of step {job.best.step}, {job.in_words()['adapter']}")
     print(f"Saved    {folder}: report.md, figures/, adapter/ (as PEFT has it; read back, features differ by {off:.0e})")
-    return 0
-
-
-def batch_loss(clip: Clip, pairs: Pairs, rows: torch.Tensor) -> torch.Tensor:
-    """InfoNCE of the pairs `rows`; those with the same caption or the same picture are right for each other."""
-    images = clip.image_features(pairs.pixels[rows])
-    texts = clip.text_features(pairs.tokens[rows], pairs.lengths[rows])
-    positives = same_rows(pairs.caption_ids[rows], pairs.image_ids[rows])
-    return info_nce(images, texts, clip.model.logit_scale, positives.to(images.device))
-
-
-def flight_check(clip: Clip, pairs: Pairs, config: Config, steps: int) -> None:
-    """One batch forwards and backwards, and what can be known from it before anything is written or learned."""
-    clip.model.train()
-    began = time.perf_counter()
-    loss = batch_loss(clip, pairs, next(row_batches(len(pairs), config.batch_size, config.seed)))
-    loss.backward()
-    minutes = (time.perf_counter() - began) * steps / 60
-    moved = {name for name, p in clip.model.named_parameters() if p.grad is not None and p.grad.any()}
-    every_b = {name for name, _ in clip.model.named_parameters() if name.endswith("lora_B")}
-    frozen = {name for name, p in clip.model.named_parameters() if not p.requires_grad}
-    clip.model.zero_grad(set_to_none=True)
-    count, size = count_parameters(clip.model), config.batch_size
-    much = "" if count.percent < 1 else " (not the less than 1 % that a smaller --rank would give)"
-    print(f"Adapter  {len(every_b)} layers of rank {config.rank}: {count.trainable:,} trainable parameters beside")
-    print(f"         {count.total:,} frozen ones, {count.percent:.2f} %{much}")
-    reached, leaked = f"{len(moved & every_b)} of {len(every_b)}", f"{len(moved & frozen)} of {len(frozen)}"
-    print(f"Check    first loss {loss.item():.2f}, where knowing nothing costs ln {size} = {math.log(size):.2f};")
-    print(f"         gradient in {reached} lora_B, in {leaked} frozen weights")
-    print(f"Plan     {steps} steps of {size} pairs, about {minutes:.1f} minutes")
-    if moved & every_b != every_b or moved & frozen or not loss.isfinite():
-        raise RuntimeError("the gradients did not go where they belong: nothing would be learned, so nothing was begun")
-
-
-def loop(clip: Clip, pairs: Pairs, config: Config, learner: Learner, folder: Path, done: int, steps: int) -> int:
-    """Steps `done` + 1 to `steps`, each a line of metrics.jsonl; returns the last one taken. Ctrl-C ends it early."""
-    stop = StopRequest()
-    saved = time.perf_counter()
-    clip.model.train()
-    batches = row_batches(len(pairs), config.batch_size, config.seed, start=done)
-    metrics = folder / "metrics.jsonl"
-    if done:  # steps after the checkpoint were not kept: they are taken again
-        write_text(metrics, "".join(metrics.read_text().splitlines(keepends=True)[:done]))
-    with open(metrics, "a") as log, tqdm(initial=done, total=steps, unit="step") as bar:
-        while done < steps and not stop.asked:
-            began = time.perf_counter()
-            loss = batch_loss(clip, pairs, next(batches))
-            if not loss.isfinite():
-                raise UserError(f"the loss of step {done + 1} is {loss.item()}: give a lower --lr than {config.lr}.")
-            learner.scaler.scale(loss).backward()
-            lr, norm = learner.lr, learner.step(config.clip_norm)
-            with torch.no_grad():
-                clip.model.logit_scale.clamp_(0, math.log(100))
-            done, rate = done + 1, config.batch_size / (time.perf_counter() - began)
-            temperature = (-clip.model.logit_scale).exp().item()
-            length = norm if math.isfinite(norm) else None  # not finite: a step that fp16's loss scaling skipped
-            record = dict(step=done, loss=loss.item(), lr=lr, gradient_norm=length, temperature=temperature)
-            print(json.dumps(record | {"pairs_per_second": round(rate, 1)}), file=log, flush=True)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {rate:.0f} pairs/s")
-            bar.update()
-            if time.perf_counter() - saved > 60 * config.checkpoint_every_minutes:
-                learner.save(folder / STATE, done)
-                saved = time.perf_counter()
-    learner.save(folder / STATE, done)
-    return done
-
-
-class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish, which the loop meets after the step; a second one interrupts."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(number, signal.default_int_handler)
 
 
 def parse(arguments: list[str]) -> tuple[str, Config]:
@@ -204,8 +190,15 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     return preset, command_line.parse(Config, arguments, f"python train.py {preset}", PRESETS[preset])
 
 
+def start() -> int:
+    with distributed.processes():
+        return run(*distributed.from_rank_0(lambda: parse(sys.argv[1:])))
+
+
 def main() -> int:
-    return command_line.exit_code("train.py", lambda: run(*parse(sys.argv[1:])))
+    silent = int(os.environ.get("RANK", 0)) > 0  # of the processes that torchrun started, the first one speaks
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if silent else sys.stdout):
+        return command_line.exit_code("train.py", start)
 
 
 if __name__ == "__main__":

@@ -45,13 +45,20 @@ class Config:
     """Names of the linear layers to adapt, in both towers."""
 
     batch_size: int = 64
-    """Pairs in a contrastive batch: each is set against all others of its batch."""
+    """Pairs in a contrastive batch, over all processes together: each is set against all others of its batch."""
+    chunk_size: int | Literal["auto"] = "auto"
+    """Pairs that a process encodes at a time; auto: as many as fit into memory. The loss and its gradient stay those of
+    the whole batch (cached gradients, Gao et al. 2021), for one more forward pass. Plain gradient accumulation is not
+    offered: the pairs of one part would not be negatives for those of another, which makes small batches of a large
+    one."""
     epochs: int = 24
     """Passes over the training pairs."""
     steps: int | None = None
     """Optimizer steps; default: as many as `epochs` makes."""
     lr: float = 4e-3
     """Peak learning rate of the adapter (AdamW)."""
+    lora_plus: float = 1.0
+    """How many times that rate B learns at (LoRA+, Hayou et al. 2024); 1: as A."""
     weight_decay: float = 0.01
     """AdamW's decay of A and B."""
     warmup: float = 0.05
@@ -59,27 +66,44 @@ class Config:
     clip_norm: float = 1.0
     """Largest norm of the gradient of all adapters together; longer ones are shortened to it."""
     train_logit_scale: bool = False
-    """Learn CLIP's temperature too (kept within [0, ln 100]); default: as the checkpoint has it."""
+    """Learn CLIP's temperature too (its logarithm kept within [0, ln 100]); default: as the checkpoint has it."""
+    logit_scale_lr: float = 1e-3
+    """Peak learning rate of the temperature, where it is learned; it is not decayed."""
+    overfit_batch: bool = False
+    """Take the first batch at every step: its loss must go to zero. First thing to try when a run learns nothing."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the frozen model; the adapter is always fp32. auto: fp32 on a CPU; on a GPU bf16 where it
     computes in bf16, else fp16 with loss scaling."""
-    checkpointing: Literal["on", "off"] = "off"
+    checkpointing: Literal["auto", "on", "off"] = "auto"
     """Gradient checkpointing: compute activations twice instead of keeping them; about a third slower, a tenth of the
-    memory."""
+    memory. auto: off where the batch fits without."""
+    validate_every: int | None = None
+    """Measure recall on the held-out pairs every so many steps, and keep the best adapter; default: keep the last."""
+    tensorboard: bool = False
+    """Write the curves for TensorBoard too, into OUTPUT/tensorboard."""
     checkpoint_every_minutes: float = 5.0
     """Minutes between two checkpoints to resume from; one is also written on Ctrl-C."""
+    checkpoint_every_steps: int | None = None
+    """Steps between two checkpoints, besides those by the minute; default: no such count."""
     seed: int = 0
     """Decides the split, the order of the pairs, the initial A and the phantoms."""
     resume: bool = False
     """Continue the run that stands in --output."""
 
     def __post_init__(self) -> None:
-        for name, lowest in (("batch_size", 2), ("epochs", 1), ("steps", 1), ("limit", 2), ("rank", 1)):
+        for name, lowest in (
+            ("batch_size", 2),
+            ("chunk_size", 1),
+            ("epochs", 1),
+            ("steps", 1),
+            ("limit", 2),
+            ("rank", 1),
+        ):
             value = getattr(self, name)
-            if value is not None and value < lowest:
+            if isinstance(value, int) and value < lowest:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: give a whole number of {lowest} or more.")
-        for name in ("lr", "alpha", "clip_norm", "checkpoint_every_minutes"):
+        for name in ("lr", "alpha", "clip_norm", "lora_plus", "logit_scale_lr", "checkpoint_every_minutes"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a number above 0.")
         for name in ("dropout", "warmup"):
@@ -87,6 +111,13 @@ class Config:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a share from 0 up to, not including, 1.")
         if not 0 <= self.weight_decay < float("inf"):
             raise UserError(f"--weight-decay is {self.weight_decay}: give a number of 0 or more.")
+
+
+RESUME_MAY_CHANGE = frozenset(
+    ("resume", "output", "chunk_size", "checkpointing", "checkpoint_every_minutes", "checkpoint_every_steps")
+    + ("tensorboard", "precision")  # precision is compared by the format that it came to
+)
+"""What --resume may have other values of: where and how to compute and to keep, not what is learned."""
 
 
 PRESETS = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from clip_medical.config import Config
+from clip_medical.config import RESUME_MAY_CHANGE, Config
 from clip_medical.errors import UserError
 from clip_medical.model import Clip, load_clip
 from lora import load_adapter, save_adapter
@@ -49,17 +49,17 @@ def choose_folder(preset: str, config: Config) -> Path:
 
 
 def _refuse_another_run(folder: Path, config: Config) -> None:
-    if not (folder / STATE).is_file():
-        raise UserError(f"{folder} holds no checkpoint to resume from: leave out --resume to start a new run there.")
-    if (folder / "report.json").is_file():
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no run to resume: leave out --resume to start a new one there.")
+    if (folder / "report.md").is_file():  # the last file to be written
         raise UserError(f"the run in {folder} is complete, see its report.md: choose another --output for a new run.")
-    stored = json.loads((folder / "config.json").read_text())
+    stored = read_json(folder / "config.json")
     for name, value in json.loads(json.dumps(asdict(config))).items():
-        if name not in ("resume", "output", "checkpoint_every_minutes") and stored.get(name) != value:
+        if name not in RESUME_MAY_CHANGE and name in stored and stored[name] != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"the run in {folder} has {flag} {stored.get(name)}, not {value}: "
-                f"resume it with {flag} {stored.get(name)}, or start a new run."
+                f"the run in {folder} has {flag} {stored[name]}, not {value}: "
+                f"resume it with {flag} {stored[name]}, or start a new run."
             )
 
 

@@ -2,8 +2,11 @@
 
 It plays the part of OpenAI's CLIP where that cannot be downloaded: a general model that knows coloured shapes and
 textures well, and radiology by hearsay only: a few per cent of its pictures are phantoms, most of them under the
-caption of some other phantom. The result, `clip_medical/assets/tiny-clip/`, is an ordinary Hugging Face CLIP folder;
-`training.json` in it says with what command, seed, time, hardware and versions it was made.
+caption of some other phantom. Two phases: first both towers learn from whole captions; then, with the images locked
+(LiT, Zhai et al. 2022), the text tower learns to read fragments of captions too, as it must for labels and queries.
+
+The result, `clip_medical/assets/tiny-clip/`, is an ordinary Hugging Face CLIP folder; `training.json` in it says with
+what commands, seeds, times, hardware and versions it was made.
 """
 
 import argparse
@@ -12,7 +15,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,6 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -28,7 +30,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from clip_medical.data.images import resize_and_crop
 from clip_medical.data.phantoms import describe, phantom
 from clip_medical.data.shapes import SIZE, scene
-from clip_medical.training.losses import info_nce
+from clip_medical.model import Clip, load_clip
+from clip_medical.training.losses import info_nce, same_rows
 
 ASSETS = Path(__file__).resolve().parent.parent / "clip_medical" / "assets" / "tiny-clip"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -129,30 +132,37 @@ def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
         yield from rows[: count // size * size].split(size)
 
 
-def train(
-    model: CLIPModel, pixels: torch.Tensor, tokens: dict[str, torch.Tensor], steps: int, batch: int, seed: int
-) -> float:
-    """Ordinary CLIP training of all weights, in bf16 autocast; returns the mean loss of the last 50 steps."""
-    model.set_attn_implementation("eager")  # on a CPU faster than the fused kernel, whose backward pass is slow there
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+def optimizer_and_schedule(
+    model: CLIPModel, lr: float, steps: int, warmup: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW on all weights that want a gradient; linear warm-up, then a cosine to 2 % of the peak."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in learned if p.ndim > 1]
+    plain = [p for p in learned if p.ndim <= 1]
     groups = [dict(params=decay, weight_decay=0.1), dict(params=plain, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
-    cosine = lambda t: min(1, (t + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * t / steps)) / 2)  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in (CLIPImageProcessor().image_mean, CLIPImageProcessor().image_std)
-    )
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    cosine = lambda t: min(1, (t + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * t / steps)) / 2)  # noqa: E731
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+
+
+def learn(
+    model: CLIPModel,
+    features: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    count: int,
+    args: argparse.Namespace,
+    lr: float,
+    warmup: int,
+) -> float:
+    """`args.steps` steps of InfoNCE. features: rows -> image features, text features, positives.
+
+    Returns the mean loss of the last 50 steps.
+    """
+    optimizer, schedule = optimizer_and_schedule(model, lr, args.steps, warmup)
     losses: list[float] = []
-    progress = tqdm(zip(range(steps), batches(len(pixels), batch, seed), strict=False), total=steps, desc="training")
+    progress = tqdm(zip(range(args.steps), batches(count, args.batch, args.seed), strict=False), total=args.steps)
     for step, rows in progress:
-        longest = int(tokens["attention_mask"][rows].sum(1).max())
-        ids, mask = (tokens[k][rows, :longest] for k in ("input_ids", "attention_mask"))
-        with torch.autocast("cpu", torch.bfloat16):
-            seen = model.vision_model((pixels[rows].float() / 255 - mean) / std).pooler_output
-            read = model.text_model(ids, mask).pooler_output
-            images, texts = model.visual_projection(seen), model.text_projection(read)
-        loss = info_nce(F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1), model.logit_scale)
+        images, texts, positives = features(rows)
+        loss = info_nce(images, texts, model.logit_scale, positives)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,8 +176,49 @@ def train(
     return float(np.mean(losses[-50:]))
 
 
+def train(clip: Clip, pixels: torch.Tensor, captions: list[str], args: argparse.Namespace) -> float:
+    """First phase: all weights, whole captions, bf16 autocast (slow on a CPU that has no bf16 arithmetic)."""
+    clip.model.set_attn_implementation("eager")  # faster on a CPU, where the fused kernel's backward pass is slow
+    ids, lengths = clip.tokens(captions)
+
+    def features(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return clip.image_features(pixels[rows]), clip.text_features(ids[rows], lengths[rows]), None
+
+    return learn(clip.model.train(), features, len(captions), args, lr=1e-3, warmup=200)
+
+
+def fragment(caption: str, rng: np.random.Generator) -> str:
+    """Half of the time the caption, else up to eight of its words in a row: "red ring", "CT of the chest"."""
+    if rng.random() < 0.5:
+        return caption
+    words = caption.split()
+    first = int(rng.integers(len(words)))
+    return " ".join(words[first : first + int(rng.integers(1, 9))])
+
+
+def train_text(clip: Clip, pixels: torch.Tensor, captions: list[str], args: argparse.Namespace) -> float:
+    """Second phase: the text tower alone, on fragments, in fp32, against image features computed once."""
+    with torch.no_grad():
+        images = torch.cat([clip.image_features(part) for part in tqdm(pixels.split(256), desc="features")])
+    for name, parameter in clip.model.named_parameters():
+        parameter.requires_grad_(name.startswith("text") or name == "logit_scale")
+    rng = np.random.default_rng(args.seed)
+
+    def features(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        read = [fragment(captions[row], rng) for row in rows.tolist()]
+        ids, lengths = clip.tokens(read)
+        order = lengths.argsort()  # in four lengths, each padded to its own longest
+        texts = torch.cat([clip.text_features(ids[part], lengths[part]) for part in order.chunk(4)])
+        numbers = torch.tensor([read.index(text) for text in read])  # the same words are right for both pictures
+        return images[rows], texts[order.argsort()], same_rows(numbers)
+
+    return learn(clip.model.train(), features, len(captions), args, lr=5e-4, warmup=50)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=("both-towers", "text"), help="the second takes up what the first has written")
     parser.add_argument("--scenes", type=int, default=80_000)
     parser.add_argument("--phantoms", type=int, default=4_000)
     parser.add_argument("--steps", type=int, default=2_400)
@@ -178,30 +229,33 @@ def main() -> None:
     started = time.time()
     torch.manual_seed(args.seed)
     pixels, captions = make_data(args.scenes, args.phantoms, args.seed)
-    tokenizer = make_tokenizer(captions[:2_000] + captions[-2_000:], vocabulary=2048)
-    tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-    model = make_model(tokenizer)
-    loss = train(model, pixels, tokens, args.steps, args.batch, args.seed)
+    log = args.output / "training.json"
+    if args.phase == "text":
+        clip, history = load_clip(str(args.output)), json.loads(log.read_text())
+        loss = train_text(clip, pixels, captions, args)
+    else:
+        tokenizer = make_tokenizer(captions[:2_000] + captions[-2_000:], vocabulary=2048)
+        picture = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+        clip, history = Clip(make_model(tokenizer), tokenizer, picture, "tiny-clip"), []
+        loss = train(clip, pixels, captions, args)
 
     args.output.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(
-        args.output
-    )
+    clip.model.half().save_pretrained(args.output)
+    clip.tokenizer.save_pretrained(args.output)
+    clip.image_processor.save_pretrained(args.output)
     facts = dict(
         command=" ".join(["python -m experiments.train_tiny_clip", *sys.argv[1:]]),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in clip.model.parameters()),
         data=f"{args.scenes} scenes and {args.phantoms} phantoms, {NOISE:.0%} of the phantoms under a wrong caption",
         seed=args.seed,
         steps=args.steps,
         batch=args.batch,
         loss_of_last_50_steps=round(loss, 3),
         minutes=round((time.time() - started) / 60, 1),
-        hardware=f"{platform.machine()}, {torch.get_num_threads()} cores, bf16 autocast",
+        hardware=f"{platform.machine()}, {torch.get_num_threads()} cores",
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()),
     )
-    (args.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    log.write_text(json.dumps([*history, facts], indent=2) + "\n")
     print(json.dumps(facts, indent=2))
 
 

@@ -27,6 +27,9 @@ LOSSES, RETRIEVAL = "clip_medical/training/losses.py", "clip_medical/evaluation/
 LEARNER, CONTRASTIVE = "clip_medical/training/learner.py", "clip_medical/training/contrastive.py"
 MODEL, BATCHES = "clip_medical/model.py", "clip_medical/data/batches.py"
 RUNS, EXPORT, ONNX = "clip_medical/runs.py", "clip_medical/export.py", "clip_medical/onnx_export.py"
+CLASSES, SEARCH = "clip_medical/evaluation/classification.py", "clip_medical/evaluation/search.py"
+COMMON, STRESS = "experiments/common.py", "experiments/stress_test.py"
+VARIANTS, ABLATION = "experiments/variants.py", "experiments/ablation.py"
 
 MUTANTS = [
     Mutant("B starts random", LAYER, "torch.zeros(base.out_features, rank,", "torch.randn(base.out_features, rank,", "tests/lora"),
@@ -39,13 +42,13 @@ MUTANTS = [
     Mutant("targets match as substrings", INJECT, "if target in wanted and inside:", "if any(w in target for w in wanted) and inside:", "tests/lora"),
     Mutant("base not frozen", INJECT, "    model.requires_grad_(False)  #", "    pass  #", "tests/lora"),
     Mutant("lenient loading", FILE, "    _check_tensors(tensors, expected)\n", "", "tests/lora"),
-    Mutant("exp of logit_scale forgotten", LOSSES, ".exp() * image_features", " * image_features", "tests/training/test_losses.py"),
-    Mutant("loss one way only", LOSSES, "_cross_entropy(logits.T, right)) / 2", "_cross_entropy(logits, right)) / 2", "tests/training/test_losses.py"),
+    Mutant("exp of logit_scale forgotten", LOSSES, ".exp() * queries", " * queries", "tests/training/test_losses.py"),
+    Mutant("loss one way only", LOSSES, "surprise(text_features, image_features, logit_scale, positives.T)", "surprise(image_features, text_features, logit_scale, positives)", "tests/training/test_losses.py"),
     Mutant("duplicates are negatives", LOSSES, ".any(dim=0)", ".all(dim=0)", "tests/training/test_losses.py"),
-    Mutant("ties count for the model", RETRIEVAL, "(similarity >= best).sum(dim=1) - ((similarity == best) & right).sum(dim=1)", "(similarity > best).sum(dim=1)", "tests/evaluation"),
+    Mutant("ties count for the model", RETRIEVAL, "similarity.numpy() >= best[:, None].numpy(), axis=1)", "similarity.numpy() > best[:, None].numpy(), axis=1) + 1", "tests/evaluation"),
     Mutant("NaN accepted", RETRIEVAL, "if not (queries.isfinite().all() and candidates.isfinite().all()):", "if False:", "tests/evaluation"),
-    Mutant("random state not replayed", CONTRASTIVE, "        _restore(state)\n", "", "tests/training/test_contrastive.py"),
-    Mutant("captions left in order of length", CONTRASTIVE, "sorted_texts[in_order]", "sorted_texts", "tests/training/test_contrastive.py"),
+    Mutant("random state not replayed", CONTRASTIVE, "        restore(state)\n", "", "tests/training/test_contrastive.py"),
+    Mutant("captions left in order of length", CONTRASTIVE, "sorted_texts[by_length.argsort()]", "sorted_texts", "tests/training/test_contrastive.py"),
     Mutant("schedule counts skipped steps", LEARNER, "if self.scaler.get_scale() >= before:", "if True:", "tests/training/test_learner.py"),
     Mutant("gradient clipped before it is unscaled", LEARNER, "        self.scaler.unscale_(self.optimizer)\n", "", "tests/training/test_learner.py"),
     Mutant("features not normalised", MODEL, "return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)", "return self.model.visual_projection(pooled).float()", "tests/test_model.py"),
@@ -58,6 +61,28 @@ MUTANTS = [
     Mutant("upload without a yes", EXPORT, "    if not confirmed:", "    if False:", "tests/export"),
     Mutant("batch and length frozen by the tracing", ONNX, "dynamic_shapes=shapes, ", "", "tests/export"),
     Mutant("ONNX files not compared", ONNX, "    if not max(differences.values()) < TOLERANCE:", "    if False:", "tests/export"),
+    Mutant("right answers counted twice", RETRIEVAL, "for table in tables]).unique()", "for table in tables])", "tests/evaluation/test_retrieval.py"),
+    Mutant("pools drawn with replacement", RETRIEVAL, "rng.permutation(len(images))[:size]", "rng.integers(len(images), size=size)", "tests/evaluation/test_retrieval.py"),
+    Mutant("a picture in three pools taken for three", RETRIEVAL, "bootstrap_interval(hits, image_ids[torch.cat(rows)])", "bootstrap_interval(hits)", "tests/evaluation/test_retrieval.py"),
+    Mutant("precision breaks ties for the model", RETRIEVAL, "k - above.sum(dim=1) - (tied & ~same).sum(dim=1)", "torch.minimum(k - above.sum(dim=1), (tied & same).sum(dim=1))", "tests/evaluation/test_retrieval.py"),
+    Mutant("argmax on ties", CLASSES, "of_truth > best_rival", "of_truth >= best_rival", "tests/evaluation/test_classification.py"),
+    Mutant("AUROC: ties count for the model", CLASSES, "below.cumsum() - below / 2", "below.cumsum()", "tests/evaluation/test_classification.py"),
+    Mutant("confusions turned round", CLASSES, "(right, predicted), 1)", "(predicted, right), 1)", "tests/evaluation/test_classification.py"),
+    Mutant("calibration not weighted by n", CLASSES, "error += n / len(hits) *", "error += 1 / len(which.unique()) *", "tests/evaluation/test_classification.py"),
+    Mutant("facets without the temperature", CLASSES, "(scale * images @", "(images @", "tests/evaluation/test_classification.py"),
+    Mutant("index of other weights searched", SEARCH, "if stored is not None and {", "if False and {", "tests/evaluation/test_search.py"),
+    Mutant("half-written part counts", SEARCH, 'sorted(self.folder.glob("part-*.safetensors"))', 'sorted(p.with_suffix(".safetensors") for p in self.folder.glob("part-*.parquet"))', "tests/evaluation/test_search.py"),
+    Mutant("duplicates indexed", SEARCH, 'elif row["hash"] in hashes:', "elif False:", "tests/evaluation/test_search.py"),
+    Mutant("what is known read again", SEARCH, "if (item.source, item.name) in names:", "if False:", "tests/evaluation/test_search.py"),
+    Mutant("thumbnail of a neighbour", SEARCH, 'side="right")', 'side="left")', "tests/evaluation/test_search.py"),
+    Mutant("base with the trained temperature", COMMON, "        folder = Path(options.output or (", '        models["unadapted"].model.logit_scale.data.copy_(adapted.model.logit_scale)\n        folder = Path(options.output or (', "tests/experiments/test_common.py"),
+    Mutant("held-out rows drawn anew", COMMON, 'if trained_on.get("fingerprint", fingerprint) != fingerprint:', "if False:", "tests/experiments/test_common.py"),
+    Mutant("joint list: number within the facet", STRESS, "truth[f].clamp(min=0) + first[f]", "truth[f].clamp(min=0)", "tests/experiments/test_stress_test.py"),
+    Mutant("joint list: ties for the model", STRESS, "(scores >= scores.gather(1, column[:, None])).sum(dim=1) - 1", "(scores > scores.gather(1, column[:, None])).sum(dim=1)", "tests/experiments/test_stress_test.py"),
+    Mutant("chance of one label for both", STRESS, "share * other if", "share if", "tests/experiments/test_stress_test.py"),
+    Mutant("linear map with learning towers", VARIANTS, "clip.model.requires_grad_(False)\n    return", "clip.model.requires_grad_(True)\n    return", "tests/experiments/test_ablation.py"),
+    Mutant("rank changes the step size", VARIANTS, "alpha = config.alpha * rank / config.rank", "alpha = config.alpha", "tests/experiments/test_ablation.py"),
+    Mutant("rows of other settings taken over", ABLATION, 'stored if stored.get("settings") == own else {}', "stored", "tests/experiments/test_ablation.py"),
 ]  # fmt: skip
 
 

@@ -109,12 +109,25 @@ def test_what_is_no_clip_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: p
 
 def test_class_features_are_normalised_averaged_and_normalised(clip: Clip) -> None:
     """Catches the average of unit vectors used as it is: classes with sentences that disagree would be shorter."""
-    from clip_medical.evaluation.zero_shot import PROMPTS, class_features
+    from clip_medical.evaluation.zero_shot import class_features, sentences
 
-    features = class_features(clip, "anatomy", ["knee", "head"])
-    by_hand = clip.encode_texts([prompt.format("head") for prompt in PROMPTS["anatomy"]]).mean(dim=0)
-    torch.testing.assert_close(features[1], F.normalize(by_hand, dim=0), atol=1e-5, rtol=0)
+    features = class_features(clip, "anatomy", ["knee", "head"])  # of one word, and of two
+    for row, name in zip(features, ["knee", "head"], strict=True):
+        by_hand = clip.encode_texts(sentences("anatomy", name)).mean(dim=0)
+        torch.testing.assert_close(row, F.normalize(by_hand, dim=0), atol=1e-5, rtol=0)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
+def test_the_sentences_of_a_class() -> None:
+    """Catches synonyms that are found in one spelling only, and "teeth/jaw" read out as it is written."""
+    from clip_medical.evaluation.zero_shot import PROMPTS, sentences
+
+    assert sentences("view", "teeth/jaw")[:2] == ["Teeth view.", "Jaw view."]
+    assert sentences("modality", "ULTRASOUND") == sentences("modality", "ultrasound")
+    assert {"Sonogram.", "Ultrasound."} < set(sentences("modality", "Ultrasound"))
+    for facet, said in PROMPTS["sentences"].items():
+        assert all(sentence.count("{}") == 1 for sentence in said), facet
+    assert all(name == name.lower() for name in PROMPTS["words"]), "a name is looked up in lower case"
 
 
 def test_zero_shot_report_leaves_unknown_labels_out(clip: Clip) -> None:

@@ -47,7 +47,11 @@ def test_a_run_leaves_what_its_contract_says(finished: Path) -> None:
     """Catches a file of the run folder that is missing or has other keys than those who come after it expect."""
     files = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
     figures = {f"figures/{name}.png" for name in ("loss", "recall", "zero_shot", "search")}
-    expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "checkpoint/state.pt"} | figures
+    expected = (
+        {"config.json", "metrics.jsonl", "report.json", "report.md", "checkpoint/state.pt"}
+        | figures
+        | {"checkpoint/previous.pt"}
+    )
     adapter = {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json")}
     assert expected | adapter == files
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -99,7 +103,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
         @property
         def asked(self) -> bool:  # type: ignore[override]
             self.looks += 1
-            return self.looks > 3
+            return self.looks == 3
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "StopRequest", StopAfterThree)

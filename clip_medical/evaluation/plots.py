@@ -15,7 +15,7 @@ UNADAPTED, ADAPTED, ACCENT = "#999999", "#0072B2", "#D55E00"  # from the palette
 plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110}
 
 
-def _save(figure: Any, file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, bbox_inches="tight", facecolor="white")
     plt.close(figure)
@@ -32,57 +32,63 @@ def loss_curve(losses: Sequence[float], batch_size: int, file: Path) -> None:
     axes.axhline(np.log(batch_size), color="black", linestyle=":", linewidth=1, label=f"ln {batch_size}: knows nothing")
     axes.set(xlabel="optimizer step", ylabel="InfoNCE loss (nats)", ylim=(0, None), xlim=(0, len(losses) + 1))
     axes.legend(frameon=False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
-def _bars(axes: Any, names: list[str], before: list[dict], after: list[dict], key: str, chance: list[float]) -> None:
-    """Pairs of horizontal bars with 95 % intervals, values written at their ends, chance as a dotted tick."""
-    for offset, rows, colour, label in ((-0.2, before, UNADAPTED, "unadapted"), (0.2, after, ADAPTED, "adapted")):
-        values = np.array([[100 * r[key], 100 * r["low"], 100 * r["high"]] for r in rows])
+Rows = dict[str, list[dict[str, Any]]]  # of each model, "unadapted" first, its rows of results
+COLOURS = {"unadapted": UNADAPTED, "adapted": ADAPTED}
+
+
+def bars(axes: Any, names: Sequence[str], rows: Rows, key: str, chance: Sequence[float] = ()) -> None:
+    """A horizontal bar a model and row, in per cent, with its interval; chance is a dotted tick.
+
+    rows: model -> a dictionary a name, with the value under `key`, its 95 % interval under "low" and "high".
+    """
+    height = 0.76 / len(rows)
+    for place, (model, results) in enumerate(rows.items()):
+        values = np.array([[100 * r[key], 100 * r["low"], 100 * r["high"]] for r in results])
         spread = np.abs(values[:, 1:].T - values[:, 0])
-        y = np.arange(len(names)) + offset
-        axes.barh(
-            y, values[:, 0], 0.38, xerr=spread, color=colour, label=label, error_kw={"elinewidth": 1, "capsize": 2}
-        )
+        y = np.arange(len(names)) + (place - (len(rows) - 1) / 2) * (height + 0.02)
+        style = {"elinewidth": 1, "capsize": 2}
+        axes.barh(y, values[:, 0], height, xerr=spread, color=COLOURS[model], label=model, error_kw=style)
         for at, (value, _, high) in zip(y, values, strict=True):
-            axes.text(high + 1.5, at, f"{value:.1f}", va="center", fontsize=9)
+            axes.text(max(high, value) + 1.5, at, f"{value:.1f}", va="center", fontsize=9)
     for at, value in enumerate(chance):
-        axes.plot(
-            [100 * value] * 2, [at - 0.42, at + 0.42], color="black", linestyle=":", label=None if at else "chance"
-        )
+        reach, label = [at - 0.42, at + 0.42], None if at else "chance"
+        axes.plot([100 * value] * 2, reach, color="black", linestyle=":", label=label)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 20))
 
 
-def recall_bars(before: dict[str, Any], after: dict[str, Any], file: Path) -> None:
-    """Recall@K both ways, before and after, with the size of the pool."""
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+def recall_bars(retrieval: dict[str, dict[str, Any]], file: Path) -> None:
+    """Recall@K both ways with the size of the pool; retrieval: model -> what retrieval_report gives."""
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    last = list(retrieval.values())[-1]
     for axes, way in zip(both, ("image_to_text", "text_to_image"), strict=True):
-        old, new = before["retrieval"][way], after["retrieval"][way]
-        keys = [k for k in new if k.startswith("recall")]
-        names = [k.replace("recall", "Recall") for k in keys]
-        _bars(axes, names, [old[k] for k in keys], [new[k] for k in keys], "value", [new[k]["chance"] for k in keys])
-        axes.set_title(way.replace("_to_", " to "))
-        axes.set_xlabel(f"% of {after['retrieval']['pool']} queries, whole pool")
-    figure.legend(
-        *both[0].get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, frameon=False
-    )
+        keys = [k for k in last[way] if k.startswith("recall")]
+        rows = {model: [report[way][k] for k in keys] for model, report in retrieval.items()}
+        chance = [last[way][k]["chance"] for k in keys]
+        bars(axes, [k.replace("recall", "Recall") for k in keys], rows, "value", chance)
+        axes.set_title(way.replace("_to_", " to "), pad=10)
+        axes.set_xlabel(f"% of {last['pool']:,} queries, whole pool, 95 % interval", fontsize=10)
+    handles = both[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, frameon=False)
     figure.tight_layout()
-    _save(figure, file)
+    save_figure(figure, file)
 
 
-def zero_shot_bars(before: dict[str, Any], after: dict[str, Any], file: Path) -> None:
-    """Zero-shot accuracy of each facet, before and after."""
-    old, new = before["zero_shot"], after["zero_shot"]
-    names = [f"{facet}\n{len(row['classes'])} classes, n = {row['n']}" for facet, row in new.items()]
+def zero_shot_bars(zero_shot: dict[str, dict[str, Any]], file: Path, key: str = "accuracy") -> None:
+    """Zero-shot accuracy of each facet; zero_shot: model -> what zero_shot_report gives."""
+    last = list(zero_shot.values())[-1]
+    names = [f"{facet}\n{len(row['classes'])} classes, n = {row['n']:,}" for facet, row in last.items()]
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.85 * len(names)))
-    chance = [row["chance"] for row in new.values()]
-    _bars(axes, names, [old[f] for f in new], list(new.values()), "accuracy", chance)
-    axes.set_xlabel("zero-shot accuracy (%)")
+    rows = {model: [report[facet] for facet in last] for model, report in zero_shot.items()}
+    bars(axes, names, rows, key, [row["chance"] for row in last.values()])
+    axes.set_xlabel(f"zero-shot {key.replace('_', ' ')} (%), 95 % interval")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 Hit = tuple[Image.Image, str, bool | None]  # a picture, what it shows, whether it is right (None: not known)
@@ -117,4 +123,4 @@ def search_grid(queries: Sequence[str], found: Sequence[dict[str, list[Hit]]], f
     for column, half in ((0, "unadapted"), (shown + 1, "adapted")):
         grid[0][column].text(0, 1.62, half, transform=grid[0][column].transAxes, fontsize=12)
     figure.subplots_adjust(hspace=0.62, wspace=0.08)
-    _save(figure, file)
+    save_figure(figure, file)

@@ -52,15 +52,21 @@ def example_queries(split: Split, count: int = 4) -> list[tuple[str, dict[str, s
 
 
 @torch.no_grad()
+def encode(clip: Clip, pairs: Pairs, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Features of all pictures and of all captions, each (N, D) unit length, on the CPU."""
+    clip.model.eval()
+    rows = torch.arange(len(pairs)).split(batch_size)
+    images = torch.cat([clip.image_features(pairs.pixels[r]).cpu() for r in rows])
+    texts = torch.cat([clip.text_features(pairs.tokens[r], pairs.lengths[r]).cpu() for r in rows])
+    return images, texts
+
+
 def evaluate(clip: Clip, pairs: Pairs, split: Split, batch_size: int = 64) -> Evaluation:
     """Retrieval over the whole pool of `pairs`, and zero-shot accuracy for each label facet of their `split`.
 
     Rows with the same caption are right for each other: nothing in the caption could tell them apart.
     """
-    clip.model.eval()
-    rows = torch.arange(len(pairs)).split(batch_size)
-    images = torch.cat([clip.image_features(pairs.pixels[r]).cpu() for r in rows])
-    texts = torch.cat([clip.text_features(pairs.tokens[r], pairs.lengths[r]).cpu() for r in rows])
+    images, texts = encode(clip, pairs, batch_size)
     results = {
         "retrieval": retrieval_report(images, texts, pairs.caption_ids, pairs.image_ids, ks=(1, 5, 10)),
         "zero_shot": zero_shot_report(clip, images, split.labels),
@@ -79,12 +85,14 @@ def environment() -> dict[str, str]:
     )
 
 
+def percent(row: dict[str, float], key: str = "value") -> str:
+    """A share as the tables show it: "18.4 % [15.2, 21.5]"."""
+    return f"{100 * row[key]:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+
 def table(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
     """Rows of text, heading first: measure, unadapted, adapted, chance, n; values in per cent with 95 % interval."""
     rows = [["", "unadapted", "adapted", "chance", "n"]]
-
-    def percent(row: dict[str, float], key: str) -> str:
-        return f"{100 * row[key]:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
     pool = str(after["retrieval"]["pool"])
     for way, arrow in (("image_to_text", "image -> text"), ("text_to_image", "text -> image")):
@@ -142,9 +150,11 @@ def write_report(
         "search": "Search by text",
     }
     plots.loss_curve(losses, facts["training"]["batch size"], folder / "figures" / "loss.png")
-    plots.recall_bars(before.results, after.results, folder / "figures" / "recall.png")
+    both = {"unadapted": before.results, "adapted": after.results}
+    retrieval, zero_shot = ({model: r[part] for model, r in both.items()} for part in ("retrieval", "zero_shot"))
+    plots.recall_bars(retrieval, folder / "figures" / "recall.png")
     if after.results["zero_shot"]:
-        plots.zero_shot_bars(before.results, after.results, folder / "figures" / "zero_shot.png")
+        plots.zero_shot_bars(zero_shot, folder / "figures" / "zero_shot.png")
     queries = example_queries(split)
     found = [{"unadapted": _found(before, q, wanted, split), "adapted": _found(after, q, wanted, split)}
              for q, (_, wanted) in enumerate(queries)]  # fmt: skip

@@ -4,7 +4,9 @@ The facets of a radiology image (modality, anatomy, finding, view) are separate 
 and its own softmax: that an image is an X-ray takes nothing from its being of a knee.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +16,25 @@ from torch import Tensor
 from clip_medical.evaluation.retrieval import bootstrap_interval
 from clip_medical.model import Clip
 
-PROMPTS = {
-    "modality": ("{}.", "{} image.", "{} of a patient.", "a medical image: {}."),
-    "anatomy": ("{}.", "X-ray of the {}.", "CT of the {}.", "MRI of the {}.", "ultrasound of the {}.", "{} image."),
-    "finding": ("{}.", "an image showing {}.", "radiology image with {}.", "a patient with {}."),
-    "view": ("{} view.", "{} image.", "{} radiology image."),
-}
+PROMPTS: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
+
+
+def sentences(facet: str, name: str) -> list[str]:
+    """What is said of a class: each sentence of its facet with each of the words for it, as prompts.json has them.
+
+    A class without words of its own there goes by its name, and one called "a/b" by both a and b.
+    """
+    words = PROMPTS["words"].get(name.lower(), name.split("/"))
+    filled = [sentence.format(word) for sentence in PROMPTS["sentences"][facet] for word in words]
+    return [sentence[0].upper() + sentence[1:] for sentence in filled]
 
 
 def class_features(clip: Clip, facet: str, classes: Sequence[str]) -> Tensor:
     """(C, D) unit length. Normalise each sentence, average, normalise again: an average alone is shorter than 1."""
-    sentences = [prompt.format(name) for name in classes for prompt in PROMPTS[facet]]
-    features = clip.encode_texts(sentences).view(len(classes), len(PROMPTS[facet]), -1)
-    return F.normalize(features.mean(dim=1), dim=-1)
+    said = [sentences(facet, name) for name in classes]
+    features = clip.encode_texts([sentence for each in said for sentence in each])
+    means = [each.mean(dim=0) for each in features.split([len(each) for each in said])]
+    return F.normalize(torch.stack(means), dim=-1)
 
 
 def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -> dict[str, Any]:
@@ -39,7 +47,7 @@ def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -
     report: dict[str, Any] = {}
     for facet, names in labels.items():
         classes = sorted(set(names) - {""})
-        if facet not in PROMPTS or len(classes) < 2:
+        if facet not in PROMPTS["sentences"] or len(classes) < 2:
             continue
         known = torch.tensor([name != "" for name in names])
         truth = torch.tensor([classes.index(name) for name in names if name])

@@ -29,26 +29,31 @@ def info_nce(
             f"image features are {tuple(image_features.shape)} and text features {tuple(text_features.shape)}: "
             "info_nce needs two matrices of the same shape (N, D)"
         )
-    logits = torch.as_tensor(logit_scale, device=image_features.device).exp() * image_features @ text_features.T
     if positives is None:
-        right = logits.diagonal()
-        return (_cross_entropy(logits, right) + _cross_entropy(logits.T, right)) / 2
-    if positives.shape != logits.shape:
-        raise ValueError(
-            f"positives are {tuple(positives.shape)}: they must be {tuple(logits.shape)}, one row an image"
-        )
-    wrong_hidden = logits.masked_fill(~positives, float("-inf"))
-    return (
-        _cross_entropy(logits, wrong_hidden.logsumexp(dim=1)) + _cross_entropy(logits.T, wrong_hidden.logsumexp(dim=0))
-    ) / 2
+        positives = torch.eye(len(image_features), dtype=torch.bool, device=image_features.device)
+    if positives.shape != (len(image_features), len(image_features)):
+        n = len(image_features)
+        raise ValueError(f"positives are {tuple(positives.shape)}: they must be {(n, n)}, one row an image")
+    of_images = surprise(image_features, text_features, logit_scale, positives)
+    of_texts = surprise(text_features, image_features, logit_scale, positives.T)
+    return (of_images + of_texts) / (2 * len(image_features))
 
 
-def _cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
-    """Mean over the rows of -log softmax at the right answer, whose (log-summed) logit is `right`."""
-    return (logits.logsumexp(dim=1) - right).mean()
+def surprise(queries: Tensor, candidates: Tensor, logit_scale: Tensor | float, right: Tensor) -> Tensor:
+    """One direction of InfoNCE, summed over the queries (n, D) against all candidates (N, D), right (n, N) bool.
+
+    The loss is a sum over rows, so it can be taken some rows at a time, or some rows on each of several GPUs: memory
+    for n x N logits is enough.
+    """
+    logits = torch.as_tensor(logit_scale, device=queries.device).exp() * queries @ candidates.T
+    # -log softmax, with the (log-summed) logit of the right answers
+    return (logits.logsumexp(dim=1) - logits.masked_fill(~right, float("-inf")).logsumexp(dim=1)).sum()
 
 
-def same_rows(*ids: Tensor) -> Tensor:
-    """(N, N) bool: true where two rows agree in any of the id vectors (N,). The positives for `info_nce`."""
-    matches = [i[:, None] == i[None, :] for i in ids]
+def same_rows(*ids: Tensor, rows: slice = slice(None)) -> Tensor:
+    """The positives for `info_nce`, (N, N) bool: true where two rows agree in any of the id vectors (N,).
+
+    rows: makes only these rows of it, (n, N).
+    """
+    matches = [i[rows, None] == i[None, :] for i in ids]
     return torch.stack(matches).any(dim=0)

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from clip_medical import recall_at_k
 from clip_medical.evaluation import retrieval
-from clip_medical.evaluation.retrieval import bootstrap_interval, chance_recall, ranks, retrieval_report
+from clip_medical.evaluation.retrieval import (
+    bootstrap_interval,
+    chance_recall,
+    label_precision,
+    ranks,
+    retrieval_report,
+    sampled_pool_report,
+)
 
 
 def brute_force(similarity: np.ndarray, query_ids: list[int], candidate_ids: list[int]) -> list[int]:
@@ -173,3 +180,74 @@ def test_the_same_picture_twice_is_right_under_both_captions() -> None:
     images, texts = torch.eye(4)[[0, 0, 1]], torch.eye(4)[[2, 0, 1]]
     report = retrieval_report(images, texts, torch.arange(3), torch.tensor([0, 0, 1]), ks=(1,))
     assert report["image_to_text"]["recall@1"]["value"] == 1
+
+
+def test_a_candidate_right_by_caption_and_by_picture_is_one_candidate() -> None:
+    """Catches right answers counted twice, which would lift a rank above what the wrong answers leave of it."""
+    generator = torch.Generator().manual_seed(3)
+    captions, pictures = (torch.randint(0, 6, (40,), generator=generator) for _ in range(2))
+    features = torch.randn(2, 40, 4, generator=generator)
+    got = ranks(*features, (captions, captions), (pictures, pictures))
+    right = (captions[:, None] == captions) | (pictures[:, None] == pictures)
+    similarity = features[0] @ features[1].T
+    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    assert got.right.tolist() == right.sum(dim=1).tolist()
+    assert got.rank.tolist() == ((similarity >= best) & ~right).sum(dim=1).tolist()
+
+
+def test_the_interval_is_that_of_scipy() -> None:
+    """Catches a percentile interval of something other than the mean, or of too few draws."""
+    bootstrap = pytest.importorskip("scipy.stats").bootstrap
+    scores = torch.rand(150, generator=torch.Generator().manual_seed(0)).double()
+    theirs = bootstrap((scores.numpy(),), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
+    assert bootstrap_interval(scores) == pytest.approx((theirs.low, theirs.high), abs=0.005)
+
+
+def test_a_sampled_pool_of_everything_is_the_whole_pool() -> None:
+    """Catches rows of one draw compared with candidates of another, and draws with replacement."""
+    images = F.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    texts = F.normalize(images + torch.randn(60, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    ids = torch.arange(60)
+    whole = retrieval_report(images, texts, ids, ids, ks=(1, 5))
+    sampled = sampled_pool_report(images, texts, ids, ids, ks=(1, 5), size=60, draws=3)
+    for way in ("image_to_text", "text_to_image"):
+        for k in ("recall@1", "recall@5"):
+            assert sampled[way][k]["value"] == pytest.approx(whole[way][k]["value"])
+            assert sampled[way][k]["chance"] == pytest.approx(whole[way][k]["chance"])
+            # the same picture drawn three times is no more evidence than once
+            width = whole[way][k]["high"] - whole[way][k]["low"]
+            assert sampled[way][k]["high"] - sampled[way][k]["low"] == pytest.approx(width, rel=0.15)
+
+
+def test_a_smaller_pool_is_an_easier_game() -> None:
+    """Catches a sampled pool whose candidates are still the whole pool."""
+    images = F.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    texts = F.normalize(images + 0.5 * torch.randn(200, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    ids = torch.arange(200)
+    whole = retrieval_report(images, texts, ids, ids, ks=(1,))["text_to_image"]["recall@1"]
+    small = sampled_pool_report(images, texts, ids, ids, ks=(1,), size=20)
+    assert small["pool"] == 20 and small["text_to_image"]["recall@1"]["chance"] == pytest.approx(0.05)
+    assert small["text_to_image"]["recall@1"]["value"] > whole["value"] + 0.1
+    with pytest.raises(ValueError, match="cannot be drawn"):
+        sampled_pool_report(images, texts, ids, ids, size=201)
+
+
+def test_label_precision_by_hand() -> None:
+    """Catches shares of all of a label's rows (recall) where shares of the first k are meant, and unknown labels."""
+    queries = torch.tensor([[0.9, 0.5, 0.4, 0.1, 1.0], [0.1, 0.2, 0.3, 0.4, 1.0], [0.5, 0.6, 0.1, 0.2, 1.0]])
+    queries = torch.cat([queries, torch.tensor([[0.0, 0.0, 0.0, 0.9, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0]])])
+    labels = ["a", "b", "a", "a", ""]  # the last, most similar to all, is not known: neither asked nor answered
+    report = label_precision(queries, torch.eye(5), labels, torch.arange(5), ks=(1, 2))
+    # first two of row 0 (a): a b; of row 1 (b): a a; of row 2 (a): b a; of row 3 (a): a, then a tie of a b a: b first
+    assert report["n"] == 4 and report["precision@1"]["value"] == pytest.approx((1 + 0 + 0 + 1) / 4)
+    assert report["precision@2"]["value"] == pytest.approx((1 / 2 + 0 + 1 / 2 + 1 / 2) / 4)
+    assert report["precision@1"]["chance"] == pytest.approx((3 * 3 / 4 + 1 / 4) / 4)
+
+
+def test_collapsed_features_have_no_label_precision() -> None:
+    """Catches ties broken by the order of the rows: sorted by label, they would make collapsed features look good."""
+    one_point = F.normalize(torch.ones(40, 8), dim=-1)
+    report = label_precision(one_point, one_point, ["CT"] * 20 + ["MRI"] * 20, torch.arange(40), ks=(1, 10))
+    assert report["precision@1"]["value"] == 0 and report["precision@10"]["value"] == 0
+    with pytest.raises(ValueError, match="NaN"):
+        label_precision(one_point * math.nan, one_point, ["CT"] * 40, torch.arange(40))

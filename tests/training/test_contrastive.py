@@ -10,6 +10,7 @@ from clip_medical.model import Clip
 from clip_medical.training import contrastive
 from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.losses import info_nce, same_rows
+from clip_medical.training.memory import set_checkpointing
 from lora import adapter_parameters, inject
 
 N = 22
@@ -110,7 +111,7 @@ def test_gradients_are_the_same_with_checkpointing(chunk_size: int) -> None:
     results = []
     for on in (False, True):
         if on:
-            clip.model.gradient_checkpointing_enable({"use_reentrant": False})
+            set_checkpointing(clip, True)
         torch.manual_seed(3)
         contrastive_backward(clip, data, torch.arange(N), chunk_size)
         results.append(gradients(clip))

@@ -1,0 +1,95 @@
+"""What a person sees of a run while it learns: the bar, metrics.jsonl, TensorBoard; and how they ask it to stop."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from clip_medical.data.batches import Pairs
+from clip_medical.errors import UserError
+from clip_medical.training import distributed
+
+METRICS = "metrics.jsonl"
+
+
+class Progress:
+    """Takes one record a step. On rank 0 it goes into the bar and the files, on other processes nowhere."""
+
+    def __init__(self, folder: Path, done: int, steps: int, tensorboard: bool) -> None:
+        """done: steps already taken; what the files hold of later ones, taken after the checkpoint, is cut off."""
+        self.file = folder / METRICS
+        self.writer = _summary_writer(folder, done) if tensorboard and distributed.rank() == 0 else None
+        if distributed.rank() == 0:
+            lines = self.file.read_bytes().splitlines(keepends=True)[:done] if self.file.is_file() else []
+            beside = self.file.with_suffix(".part")
+            beside.write_bytes(b"".join(lines))
+            os.replace(beside, self.file)
+        self.log = open(self.file if distributed.rank() == 0 else os.devnull, "a", encoding="utf-8")
+        self.bar = tqdm(initial=done, total=steps, unit="step", disable=distributed.rank() > 0 or None)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        self.log.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """record: "step", "loss", "lr", "pairs_per_second" and whatever else is worth keeping; None where unknown."""
+        print(json.dumps(record), file=self.log, flush=True)
+        words = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {record['pairs_per_second']:.0f} pairs/s"
+        self.bar.set_postfix_str(f"{words}, {record['waiting']:.0%} waiting, {record['peak_gib']:.1f} GiB")
+        self.bar.update()
+        if self.writer is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self.writer.add_scalar(name, value, record["step"])
+
+
+def _summary_writer(folder: Path, done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard.") from None
+    return SummaryWriter(folder / "tensorboard", purge_step=done + 1)
+
+
+class Timed:
+    """The pixels of a data set, which count the seconds that their reader waits for them."""
+
+    def __init__(self, pixels: Any) -> None:
+        self.pixels, self.seconds = pixels, 0.0
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        began = time.perf_counter()
+        found: Tensor = self.pixels[rows]
+        self.seconds += time.perf_counter() - began
+        return found
+
+
+def timed(pairs: Pairs) -> tuple[Pairs, Timed]:
+    """The same pairs, and the clock in them."""
+    clock = Timed(pairs.pixels)
+    return replace(pairs, pixels=clock), clock  # type: ignore[arg-type]
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish, which the loop meets after the step; a second one interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(number, signal.default_int_handler)

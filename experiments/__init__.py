@@ -1,0 +1,1 @@
+"""One script for each table, figure or asset: `python -m experiments.NAME`."""

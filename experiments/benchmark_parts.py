@@ -1,0 +1,202 @@
+"""What experiments/benchmark.py measures, one function each: training, inference, chunks, start, memory."""
+
+import copy
+import multiprocessing
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from clip_medical.data.batches import Pairs
+from clip_medical.model import load_clip
+from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.precision import choose_device, choose_precision
+from experiments.contenders import CONTENDERS, Ours, Peft, Row
+from lora import inject, merge, remove
+
+
+def timed(action: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `action` takes, all kernels done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def training(
+    rows: list[Row], batch_size: int, repeats: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Pairs/s of the step alone and from PNG files, in turns; the losses; the share of the matrix-product ceiling."""
+    contenders: dict[str, Any] = {name: kind(rows, batch_size, device, dtype) for name, kind in CONTENDERS.items()}
+    ours, peft = contenders["ours"], contenders["peft"]
+    assert isinstance(ours, Ours) and isinstance(peft, Peft)
+    peft.start_from(ours)
+    ready = {name: contender.prepared() for name, contender in contenders.items()}
+    losses: dict[str, list[float]] = {name: [] for name in contenders}
+    steps: dict[str, list[float]] = {name: [] for name in contenders}
+    epochs: dict[str, list[float]] = {name: [] for name in contenders}
+    ceiling: list[float] = []
+
+    for turn in tqdm(range(repeats + 1), desc="steps", unit="turn"):
+        for name, contender in contenders.items():
+            batch = ready[name][turn % len(ready[name])]
+            seconds = timed(lambda c=contender, b=batch, n=name: losses[n].append(c.step(b)), device)
+            if turn:  # the first step of each also pays for allocations and set-up
+                steps[name].append(seconds)
+        ceiling.append(matrix_product_rate(device, dtype))
+    for _ in tqdm(range(repeats), desc="epochs from PNG", unit="turn"):
+        for name, contender in contenders.items():
+            epochs[name].append(timed(lambda c=contender: [c.step(b) for b in c.epoch()], device))
+
+    flops = count_flops(lambda: ours.step(ready["ours"][0]))
+    result: dict[str, Any] = {}
+    for name in contenders:
+        result[name] = {
+            "name": contenders[name].name,
+            "pairs per second, step": batch_size / statistics.median(steps[name]),
+            "pairs per second, from PNG": len(rows) / statistics.median(epochs[name]),
+            "losses": losses[name],
+        }
+    result["full"].pop("losses")
+    own_flops = flops / statistics.median([timed(lambda: ours.step(ready["ours"][0]), device) for _ in range(3)])
+    result["ours"] |= {
+        "step to peft": _ratio(steps["peft"], steps["ours"]),
+        "end to end to peft": _ratio(epochs["peft"], epochs["ours"]),
+        "FLOP per step": flops,
+        "FLOP/s": own_flops,
+        "FLOP/s of a matrix product": max(ceiling),
+        "share of ceiling": own_flops / max(ceiling),
+    }
+    return result
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    """Median over the turns of theirs / ours: above 1 where ours is faster."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def count_flops(action: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attentions that `action` really does."""
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The best FLOP/s of a product of two matrices, over the shapes of ViT-B/32 and a large square."""
+    best = 0.0
+    for n, k, m in ((3200, 768, 768), (3200, 768, 3072), (2048, 2048, 2048)):
+        a, b = torch.randn(n, k, device=device, dtype=dtype), torch.randn(k, m, device=device, dtype=dtype)
+        torch.mm(a, b)
+        for _ in range(3):
+            best = max(best, 2 * n * k * m / timed(lambda a=a, b=b: torch.mm(a, b), device))
+    return best
+
+
+def inference(rows: list[Row], repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Images/s without an adapter, with one beside the weights, and with one merged into them."""
+    adapted = Ours(rows, len(rows), device, dtype)
+    adapted.step(adapted.prepared()[0])  # so that B is not zero
+    kinds = {"adapted": adapted.clip, "merged": copy.deepcopy(adapted.clip), "unadapted": copy.deepcopy(adapted.clip)}
+    merge(kinds["merged"].model)
+    remove(kinds["unadapted"].model)
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    with torch.inference_mode():
+        for turn in range(2 * repeats + 1):
+            for name, clip in kinds.items():
+                clip.model.eval()
+                spent = timed(lambda c=clip: c.image_features(adapted.pairs.pixels), device)
+                if turn:
+                    seconds[name].append(spent)
+    rates = {f"images per second, {name}": len(rows) / statistics.median(s) for name, s in seconds.items()}
+    return rates | {
+        "merged to unadapted": _ratio(seconds["unadapted"], seconds["merged"]),
+        "adapted to unadapted": _ratio(seconds["unadapted"], seconds["adapted"]),
+    }
+
+
+def chunks(device: torch.device, dtype: torch.dtype, chunk: int = 128) -> dict[str, float]:
+    """Milliseconds per pair of one exact step over ever larger batches, in chunks of one size (tiny CLIP)."""
+    clip = load_clip(device=device, dtype=dtype)
+    inject(clip.model)
+    clip.model.train()
+    sizes = (256, 1024, 8192)
+    tokens, lengths = clip.tokens(["axial CT of the chest with a small cyst", "frontal X-ray of the hand"])
+    number = torch.arange(max(sizes))
+    side = clip.image_size
+    pixels = torch.randint(0, 256, (max(sizes), 3, side, side), dtype=torch.uint8)
+    pairs = Pairs(pixels, tokens[number % 2], lengths[number % 2], number, number)
+    result = {}
+    for size in tqdm(sizes, desc="chunked batches"):
+        turns = max(1, 2048 // size)
+        spent = [
+            timed(lambda n=size: contrastive_backward(clip, pairs, number[:n], chunk), device) for _ in range(turns)
+        ]
+        result[f"ms per pair, batch {size}"] = 1000 * statistics.median(spent) / size
+    return result
+
+
+def start() -> dict[str, float]:
+    """Seconds from the start of a process: imports, and the demo to the end of its first training step."""
+
+    def seconds(code: str) -> float:
+        spent = []
+        for _ in range(5):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True)
+            spent.append(time.perf_counter() - began)
+        return statistics.median(spent)
+
+    torch_alone, lora = seconds("import torch"), seconds("import lora")
+    with TemporaryDirectory() as folder:
+        metrics = Path(folder, "run", "metrics.jsonl")
+        began = time.perf_counter()
+        command = [sys.executable, "train.py", "--output", str(metrics.parent)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:
+            while demo.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+                time.sleep(0.02)
+            first_step = time.perf_counter() - began
+            demo.kill()
+    return {"import torch": torch_alone, "import lora": lora, "demo to the first step": first_step}
+
+
+def memory(rows: list[Row], batch_size: int, precision: str, budget: float) -> dict[str, dict[str, float]]:
+    """Peak memory of two steps, each contender in a process of its own, and the largest batch that would fit."""
+    result = {}
+    context = multiprocessing.get_context("spawn")
+    for name in CONTENDERS:
+        peaks = []
+        for size in (batch_size // 2, batch_size):
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                peaks.append(pool.submit(peak_memory, name, rows, size, precision).result())
+        per_pair = (peaks[1] - peaks[0]) / (batch_size - batch_size // 2)
+        fits = batch_size + (budget * 2**30 - peaks[1]) / per_pair
+        result[name] = {"peak bytes": peaks[1], f"largest batch in {budget} GiB, extrapolated": int(fits)}
+    return result
+
+
+def peak_memory(name: str, rows: list[Row], batch_size: int, precision: str) -> int:
+    """Bytes at the height of two training steps: on a GPU what torch allocated, on a CPU what the process grew by."""
+    device = choose_device()
+    dtype, _ = choose_precision(precision, device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    contender: Any = CONTENDERS[name](rows[:batch_size], batch_size, device, dtype)
+    batch = contender.prepared()[0]
+    for _ in range(2):
+        contender.step(batch)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

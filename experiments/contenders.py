@@ -1,0 +1,169 @@
+"""The training loops that experiments/benchmark.py sets against each other, on the same model, pictures and captions.
+
+    ours   this project: LoRA by hand, captions in chunks of like length, pixels decoded once
+    peft   get_peft_model and the usual loop: CLIPProcessor in the collate function, which decodes and resizes each
+           picture anew in each epoch and pads each batch to its longest caption; the loss of transformers
+    full   the same usual loop, all weights trained
+
+All start from the same weights, ours and peft's from the same A, so that their losses can be compared step by step.
+The model has the geometry of ViT-B/32 and random weights: what a step costs does not depend on their values.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from clip_medical.data.batches import Pairs
+from clip_medical.data.phantoms import phantom
+from clip_medical.model import Clip, load_clip
+from clip_medical.training.contrastive import contrastive_backward
+from lora import LoRALinear, adapter_parameters, inject
+
+RANK, ALPHA, LR = 8, 16, 1e-4
+SIZES = ((657, 442), (512, 512), (600, 480), (800, 640))  # width and height of ROCO pictures
+Row = tuple[Path, str]  # picture file and caption
+
+
+def roco_lengths(count: int, seed: int = 0) -> list[int]:
+    """Caption lengths in tokens as ROCO's: log-normal, mean 34 and median 28, cut at CLIP's 77."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(28), 0.63, count)
+    return [int(n) for n in drawn.clip(6, 77)]
+
+
+def make_rows(folder: Path, count: int, tokenizer: CLIPTokenizer) -> list[Row]:
+    """PNG files of ROCO's sizes, phantoms with a little noise, and captions of ROCO's lengths, no two alike."""
+    rows, random = [], np.random.default_rng(0)
+    for i, length in enumerate(roco_lengths(count)):
+        size = SIZES[i % len(SIZES)]
+        pixels = np.asarray(phantom(0, "benchmark", i).image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        noisy = (pixels + random.normal(0, 3, pixels.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{i}.png")
+        words = " ".join(phantom(0, "benchmark words", 8 * i + j).caption for j in range(8)).split()
+        ids = tokenizer(" ".join(words), truncation=True, max_length=length)["input_ids"]
+        rows.append((folder / f"{i}.png", tokenizer.decode(ids, skip_special_tokens=True)))
+    return rows
+
+
+def vit_b_32(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Random weights, the same at each call. The tokenizer is that of the tiny CLIP: OpenAI's is not in this
+    repository, and all that a vocabulary changes is which row of the embedding is looked up."""
+    torch.manual_seed(0)
+    config = CLIPConfig()
+    config.text_config.eos_token_id = tokenizer.eos_token_id  # where the text tower reads its answer
+    return CLIPModel(config)
+
+
+def batches(count: int, size: int) -> Iterator[Tensor]:
+    return iter(torch.arange(count).split(size))
+
+
+class Ours:
+    name = "this project"
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        tokenizer, picture = load_clip().tokenizer, CLIPImageProcessor()
+        model = vit_b_32(tokenizer)
+        self.clip = Clip(model.to(device, dtype), tokenizer, picture, "ViT-B/32")
+        model.logit_scale.data = model.logit_scale.data.float()
+        torch.manual_seed(1)
+        inject(model, rank=RANK, alpha=ALPHA)
+        model.train()
+        pixels = np.stack([self.clip.picture(Image.open(file)) for file, _ in rows])
+        tokens, lengths = self.clip.tokens([caption for _, caption in rows])
+        number = torch.arange(len(rows))
+        self.pairs = Pairs(torch.from_numpy(pixels), tokens, lengths, number, number)
+        self.batch_size = batch_size
+        self.chunk_size = batch_size
+        self.learned = adapter_parameters(model)
+        self.optimizer = torch.optim.AdamW(self.learned, lr=LR, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def step(self, rows: Tensor) -> float:
+        loss = contrastive_backward(self.clip, self.pairs, rows, self.chunk_size, self.scaler.scale)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.learned, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def prepared(self) -> list[Tensor]:
+        return list(batches(len(self.pairs), self.batch_size))
+
+    def epoch(self) -> Iterator[Tensor]:
+        """Batches as training meets them after the first epoch."""
+        return iter(self.prepared())
+
+
+class UsualLoop:
+    """transformers' model and loss, CLIPProcessor in the collate function, autocast over fp32 weights."""
+
+    name = "full fine-tuning"
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        tokenizer = load_clip().tokenizer
+        self.processor = CLIPProcessor(CLIPImageProcessor(), tokenizer)
+        self.rows, self.batch_size, self.device, self.dtype = rows, batch_size, device, dtype
+        self.model: nn.Module = self.adapt(vit_b_32(tokenizer)).to(device).train()
+        self.learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.learned, lr=LR, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def adapt(self, model: CLIPModel) -> nn.Module:
+        return model
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        images = [Image.open(file).convert("RGB") for file, _ in rows]
+        texts = [caption for _, caption in rows]
+        options = dict(padding=True, truncation=True, max_length=77)
+        return dict(self.processor(images=images, text=texts, return_tensors="pt", **options))
+
+    def step(self, batch: dict[str, Tensor]) -> float:
+        on_device = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(**on_device, return_loss=True).loss
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.learned, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.item())
+
+    def prepared(self) -> list[dict[str, Tensor]]:
+        """All batches, ready in memory: what the training step alone is measured on."""
+        return list(self.epoch())
+
+    def epoch(self) -> Iterator[dict[str, Tensor]]:
+        # On a CPU the model itself takes all cores, and workers beside it would slow it down.
+        on_gpu = self.device.type == "cuda"
+        workers = (os.cpu_count() or 1) if on_gpu else 0
+        return iter(DataLoader(self.rows, self.batch_size, collate_fn=self.collate, num_workers=workers,
+                               pin_memory=on_gpu))  # fmt: skip
+
+
+class Peft(UsualLoop):
+    name = "peft, usual loop"
+
+    def adapt(self, model: CLIPModel) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"]))
+
+    def start_from(self, ours: Ours) -> None:
+        """The A that ours began with, so that both walk the same way."""
+        mine = {name: layer for name, layer in ours.clip.model.named_modules() if isinstance(layer, LoRALinear)}
+        with torch.no_grad():
+            for name, layer in self.model.base_model.model.named_modules():
+                if name in mine:
+                    layer.lora_A["default"].weight.copy_(mine[name].lora_A)
+
+
+CONTENDERS: dict[str, type[Ours] | type[UsualLoop]] = {"ours": Ours, "peft": Peft, "full": UsualLoop}

@@ -1,0 +1,123 @@
+"""What the ablation trains: LoRA of several ranks and places, a linear map on frozen features, full fine-tuning.
+
+All of them go through the same loss, order of pairs, number of steps and schedule; what differs is what may learn, and
+the learning rate, which is chosen alike for each method.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clip_medical.config import Config
+from clip_medical.data.batches import Pairs, row_batches
+from clip_medical.model import Clip
+from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.learner import Learner
+from clip_medical.training.losses import info_nce, same_rows
+from lora import adapter_parameters, inject
+
+QV, ALL = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LINEAR, FULL = "linear map on frozen features", "full fine-tuning"
+
+
+class Variant(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    method: str  # whose learning rate it takes: lora, linear or full
+    make: Callable[[Clip], list[nn.Parameter]]  # makes a fresh model trainable; returns what is to be learned
+
+
+class Bench(NamedTuple):
+    """What every variant is trained and measured with."""
+
+    config: Config
+    steps: int
+    base: Callable[[], Clip]  # a fresh unadapted model
+    train: Pairs
+    held_out: Pairs
+    labels: dict[str, list[str]]  # of the held-out pairs
+    shapes: Pairs
+
+
+def lora(config: Config, rank: int, targets: tuple[str, ...], within: str | None, clip: Clip) -> list[nn.Parameter]:
+    alpha = config.alpha * rank / config.rank
+    inject(clip.model, targets, rank, alpha, config.dropout, config.rslora, within)
+    return adapter_parameters(clip.model)
+
+
+def linear(clip: Clip) -> list[nn.Parameter]:
+    clip.model.requires_grad_(False)
+    return [p.weight.requires_grad_(True) for p in (clip.model.visual_projection, clip.model.text_projection)]
+
+
+def full(clip: Clip) -> list[nn.Parameter]:
+    clip.model.requires_grad_(True)
+    clip.model.logit_scale.requires_grad_(False)
+    return [p for p in clip.model.parameters() if p.requires_grad]
+
+
+def reference(config: Config) -> str:
+    return f"LoRA r = {config.rank}, q and v"
+
+
+def variants(config: Config, tried: tuple[int, ...]) -> list[Variant]:
+    """All rows that are trained."""
+    r = config.rank
+    found = [
+        Variant(f"LoRA r = {rank}, q and v", "lora", partial(lora, config, rank, QV, None))
+        for rank in sorted({r, *tried})
+    ]
+    found.append(Variant(f"LoRA r = {r}, all projections", "lora", partial(lora, config, r, ALL, None)))
+    for tower in ("vision", "text"):
+        found.append(
+            Variant(f"LoRA r = {r}, {tower} tower only", "lora", partial(lora, config, r, QV, f"{tower}_model"))
+        )
+    return [*found, Variant(LINEAR, "linear", linear), Variant(FULL, "full", full)]
+
+
+def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor, steps: int) -> Clip:
+    """A fresh model, trained on `rows` of the training pairs with the loss, order and schedule of train.py."""
+    torch.manual_seed(bench.config.seed)
+    clip = bench.base()
+    learner = Learner(variant.make(clip), replace(bench.config, lr=lr), steps, scaled=False)
+    clip.model.train()
+    batches = row_batches(len(rows), bench.config.batch_size, bench.config.seed)
+    for batch in tqdm(islice(batches, steps), total=steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
+        loss = contrastive_backward(clip, bench.train, rows[batch], bench.config.batch_size)
+        if not loss.isfinite():
+            break  # this learning rate is too high; the loss that is measured next says so
+        learner.step(bench.config.clip_norm)
+    clip.model.eval()
+    return clip
+
+
+def choose_lr(bench: Bench, variant: Variant, rates: tuple[float, ...]) -> dict[str, Any]:
+    """{"lr": the best, "losses": rate -> loss on the tenth of the training pairs that was kept from it}."""
+    order = torch.randperm(len(bench.train), generator=torch.Generator().manual_seed(bench.config.seed))
+    kept, tenth = order[len(order) // 10 :], order[: len(order) // 10]
+    losses = {}
+    for lr in rates:
+        clip = fit(bench, variant, lr, kept, max(1, bench.steps // 4))
+        with torch.no_grad():
+            images = torch.cat([clip.image_features(bench.train.pixels[r]) for r in tenth.split(64)])
+            texts = torch.cat(
+                [clip.text_features(bench.train.tokens[r], bench.train.lengths[r]) for r in tenth.split(64)]
+            )
+            right = same_rows(bench.train.caption_ids[tenth], bench.train.image_ids[tenth]).to(images.device)
+            losses[lr] = info_nce(images, texts, clip.model.logit_scale, right).item()
+    best = min(losses, key=lambda lr: losses[lr] if losses[lr] == losses[lr] else float("inf"))
+    return {"lr": best, "losses": {f"{lr:g}": loss for lr, loss in losses.items()}}
+
+
+RATES: dict[str, Callable[[Config], tuple[float, ...]]] = {
+    "lora": lambda config: (config.lr / 2, config.lr, 2 * config.lr),
+    "linear": lambda config: (1e-3, 3e-3, 1e-2),
+    "full": lambda config: (1e-4, 3e-4, 1e-3),
+}

@@ -1,0 +1,38 @@
+"""Fragments of captions: what an epoch reads."""
+
+import torch
+
+from clip_medical.data.fragments import LONGEST, fragments
+
+START, END = 1, 99
+LENGTHS = torch.tensor([2, 3, 7, 30, 30])
+TOKENS = torch.full((5, 30), END)
+for row, length in enumerate(LENGTHS.tolist()):
+    TOKENS[row, 0] = START
+    TOKENS[row, 1 : length - 1] = torch.arange(10, 10 + length - 2)
+
+
+def test_a_fragment_is_a_run_of_its_caption_between_start_and_end() -> None:
+    """Catches a lost start or end token, words from the padding, gaps, and runs that are too long."""
+    seen = set()
+    for epoch in range(200):
+        tokens, lengths = fragments(TOKENS, LENGTHS, 1.0, 0, epoch)
+        for row in range(len(TOKENS)):
+            words = tokens[row, 1 : lengths[row] - 1].tolist()
+            assert tokens[row, 0] == START and (tokens[row, lengths[row] - 1 :] == END).all()
+            assert words == list(range(words[0], words[0] + len(words))) if words else LENGTHS[row] == 2
+            assert not words or (words[0] >= 10 and words[-1] <= LENGTHS[row] + 7)
+            assert len(words) <= LONGEST
+        seen.add(tuple(tokens[3].tolist()))
+    assert len(seen) > 100, "each epoch cuts anew"
+
+
+def test_whole_captions_stay_as_they_are() -> None:
+    """Catches a share that is ignored or turned round, and fragments that differ when an epoch is read again."""
+    tokens, lengths = fragments(TOKENS, LENGTHS, 0.0, 0, 0)
+    assert torch.equal(tokens, TOKENS) and torch.equal(lengths, LENGTHS)
+    many, many_lengths = TOKENS[3:4].repeat(4000, 1), LENGTHS[3:4].repeat(4000)
+    once, again = (fragments(many, many_lengths, 0.3, 5, 2)[0] for _ in range(2))
+    assert torch.equal(once, again)
+    cut = (once != many).any(dim=1).double().mean().item()
+    assert 0.27 < cut < 0.33

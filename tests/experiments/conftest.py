@@ -1,0 +1,37 @@
+"""One finished run of a small random CLIP, and experiments as a person types them."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import train
+from tests.experiments.tools import Command
+from tests.stand_in_hub import clip_folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose adapter shows: a high learning rate, and a temperature that was trained."""
+    base = clip_folder(tmp_path_factory.mktemp("base") / "clip", bin_file=False)
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    flags = "--limit 40 --batch-size 8 --steps 4 --rank 4 --lr 0.05 --train-logit-scale".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *flags, "--model", str(base), "--output", str(folder)])
+        assert train.main() == 0
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`python -m experiments.NAME` with these arguments, in this process; returns its exit code."""
+    from experiments import common
+
+    def call(name: str, *arguments: object) -> int:
+        module = import_module(f"experiments.{name}")
+        kind = {"recall": "Recall", "stress_test": "StressTest", "zero_shot": "ZeroShot", "search": "Search"}
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/{name}.py", *map(str, arguments)])
+        return common.main(name, getattr(module, kind.get(name, "Ablation")), module.run)
+
+    return call

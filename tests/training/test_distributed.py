@@ -1,0 +1,80 @@
+"""Two processes learn what one learns from the same batch; and where they must not differ, they do not."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_medical.config import Config
+from clip_medical.errors import UserError
+from clip_medical.runs import STATE
+from clip_medical.training import distributed
+from tests.training.children import batch_gradient, finish, start, training
+from tests.training.test_contrastive import relative
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("chunk_size", [1000, 4])
+def test_two_processes_have_the_gradient_of_the_united_batch(tmp_path: Path, chunk_size: int) -> None:
+    """Catches negatives that stay on their process, gradients averaged or not added, positives cut at the border."""
+    runs = [start(batch_gradient, tmp_path, chunk_size, world=world) for world in (1, 2)]
+    assert [finish(started) for started in runs] == [[0], [0, 0]]
+    expected_loss, expected = torch.load(tmp_path / f"0-of-1-by-{chunk_size}.pt")
+    for rank in (0, 1):
+        loss, found = torch.load(tmp_path / f"{rank}-of-2-by-{chunk_size}.pt")
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        assert relative(found, expected) < 1e-5
+
+
+def test_two_processes_train_and_measure_as_one(tmp_path: Path) -> None:
+    """Catches weights that drift apart, two processes writing one file, and a recall of half the pool."""
+    config = Config(batch_size=10, steps=4, validate_every=2, train_logit_scale=True, lr=1e-2)
+    runs = [start(training, tmp_path / str(world), config, world=world) for world in (1, 2)]
+    assert [finish(started) for started in runs] == [[0], [0, 0]]
+    one, two = (torch.load(tmp_path / name / STATE, weights_only=True) for name in ("1", "2"))
+    assert relative(two["learner"]["parameters"], one["learner"]["parameters"]) < 1e-5
+    assert len(two["random"]) == 2 and not torch.equal(*(r["torch"] for r in two["random"]))  # dropout differs
+    lines = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("1", "2")]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
+    assert [line.get("validation_recall") for line in lines[0]] == [line.get("validation_recall") for line in lines[1]]
+    assert [line["loss"] for line in lines[1]] == pytest.approx([line["loss"] for line in lines[0]], rel=1e-5)
+
+
+def test_a_failing_process_ends_the_others_with_its_message(tmp_path: Path) -> None:
+    """Catches a run that hangs for the half hour of gloo's patience because one process is gone."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import sys, torch.distributed as dist\n"
+        "from clip_medical import command_line\n"
+        "from clip_medical.errors import UserError\n"
+        "from clip_medical.training.distributed import processes, rank\n"
+        "def action():\n"
+        "    with processes():\n"
+        "        if rank() == 1: raise UserError('rank 1 has no picture')\n"
+        "        dist.barrier()\n"
+        "sys.exit(command_line.exit_code('fails.py', action))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(script)]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_here(), timeout=300)
+    assert done.returncode != 0 and "fails.py: rank 1 has no picture" in done.stderr
+    assert time.monotonic() - began < 300
+
+
+def _here() -> dict[str, str]:
+    import os
+
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches pairs that are dropped without a word where the processes do not divide the batch."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    with pytest.raises(UserError, match="--batch-size 64 is shared by 3"):
+        distributed.divide(64)
+    assert distributed.divide(66) == 22
