@@ -183,9 +183,7 @@ def _write_part(rows: list[int], squares: Iterator[np.ndarray | str], pixels: An
         else:
             pixels.write(square)
         part.channels.append(0 if isinstance(square, str) else len(square))
-        part.digests.append(
-            "" if isinstance(square, str) else hashlib.blake2b(square.tobytes(), digest_size=16).hexdigest()
-        )
+        part.digests.append("" if isinstance(square, str) else hashlib.blake2b(square.data, digest_size=16).hexdigest())
         bar.update()
     _to_disk(pixels)  # before the journal says so
     part = part._replace(end=pixels.tell())
