@@ -92,7 +92,8 @@ def ranks_in_list(scores: Tensor, column: Tensor) -> Tensor:
 def joint(scores: Tensor, truth: dict[str, Tensor], first: dict[str, int]) -> dict[str, Any]:
     """Share of rows whose true labels are among the FIRST of the joint list (N, L); first: facet -> its first column.
 
-    Returns {"modality", "anatomy", "both": {"value", "low", "high", "n", "chance", "labels"}} over the rows where it is known.
+    Returns {"modality", "anatomy", "both": {"value", "low", "high", "n", "chance", "labels" (L)}}, over the rows where
+    it is known.
     """
     facets = ("modality", "anatomy")
     known = {facet: truth[facet] >= 0 for facet in facets}
