@@ -7,14 +7,15 @@ Data, model and budget (steps and batch) are those of the run. Each variant star
     full            every weight trained but the temperature
 
 LoRA's scaling alpha / r is the same for all ranks, so that a rank does not change the step size. The learning rate of
-each of the three methods is chosen alike, without the held-out pictures: three rates, a quarter of the steps, nine
-tenths of the training pairs; the lowest loss on the last tenth wins.
+each of the three methods is chosen alike, without the held-out pictures: a few rates, a quarter of the steps, nine
+tenths of the training pairs; the lowest loss on the last tenth wins, and all of them are printed.
 
 What was forgotten is measured on the coloured shapes that the tiny CLIP was trained on, drawn anew for this. Measured
 so far is kept in ablation.json: the same command goes on from there.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip, load_clip
 from clip_medical.runs import read_json
 from experiments import common, figures
-from experiments.variants import FULL, LINEAR, RATES, Bench, choose_lr, fit, reference, variants
+from experiments.variants import FULL, LINEAR, RATES, Bench, Variant, choose_lr, fit, reference, variants
 from lora import set_strength
 
 STRENGTHS = tuple(s / 10 for s in range(11))
@@ -155,49 +156,61 @@ def table(bench: Bench, rows: dict[str, dict[str, Any]]) -> list[list[str]]:
     return shown
 
 
+def rates_tried(rates: dict[str, Any]) -> list[str]:
+    """How the learning rate of each method was chosen, in a sentence each."""
+    said = []
+    for method, found in rates.items():
+        losses = ", ".join(f"{loss:.3f} at {lr}" for lr, loss in found["losses"].items())
+        edge = f"{found['lr']:g}" in (list(found["losses"])[0], list(found["losses"])[-1])
+        note = ", the last that was tried: a better one may lie beyond" if edge else ""
+        said.append(
+            f"Learning rate of {method}: loss on kept-back training pairs {losses}; {found['lr']:g} taken{note}"
+        )
+    return said
+
+
+def measure_all(bench: Bench, tried: list[Variant], results: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Train and measure what `results` does not hold yet; keep() after each."""
+    rows, strengths, own = results["variants"], results["strength"], reference(bench.config)
+    if UNADAPTED not in rows:
+        rows[UNADAPTED] = measure(bench, bench.base()) | {"trained": 0, "lr": None}
+        keep()
+    for variant in (v for v in tried if v.name not in rows):
+        if variant.method not in results["rates"]:
+            example = next(v for v in tried if v.name == own) if variant.method == "lora" else variant
+            results["rates"][variant.method] = choose_lr(bench, example, RATES[variant.method](bench.config))
+            keep()
+        lr = results["rates"][variant.method]["lr"]
+        clip = fit(bench, variant, lr, torch.arange(len(bench.train)), bench.steps)
+        if variant.name == own:
+            for strength in STRENGTHS:
+                set_strength(clip.model, strength)
+                strengths[f"{strength:.1f}"] = measure(bench, clip)
+        trained = sum(p.numel() for p in clip.model.parameters() if p.requires_grad)
+        rows[variant.name] = measure(bench, clip) | {"trained": trained, "lr": lr}
+        keep()
+
+
 def run(options: Ablation) -> int:
     config = read_config(options)
     setup = common.load_models("ablation", options)
     bench = make_bench(setup, config, common.load_evidence(setup, options))
-    own = {"steps": bench.steps, "batch size": config.batch_size, "rank": config.rank, "alpha": config.alpha,
-           "lr": config.lr, "training pairs": len(bench.train), "held-out pairs": len(bench.held_out),
-           "data": setup.facts["data"]["fingerprint"], "model": setup.facts["model"]["fingerprint"],
-           "seed": config.seed}  # fmt: skip
+    settings = {"steps": bench.steps, "batch size": config.batch_size, "rank": config.rank, "alpha": config.alpha,
+                "lr": config.lr, "training pairs": len(bench.train), "held-out pairs": len(bench.held_out),
+                "data": setup.facts["data"]["fingerprint"], "model": setup.facts["model"]["fingerprint"],
+                "seed": config.seed}  # fmt: skip
     stored = read_json(setup.folder / "ablation.json").get("results", {})
-    results: dict[str, Any] = stored if stored.get("settings") == own else {}
-    results = {"settings": own, "rates": {}, "variants": {}, "strength": {}} | results
-    rows: dict[str, Any] = results["variants"]
-
-    def keep() -> None:
-        common.save(setup, "ablation", results)
-
-    if UNADAPTED not in rows:
-        rows[UNADAPTED] = measure(bench, bench.base()) | {"trained": 0, "lr": None}
-        keep()
-    everything = torch.arange(len(bench.train))
+    results: dict[str, Any] = stored if stored.get("settings") == settings else {}
+    results = {"settings": settings, "rates": {}, "variants": {}, "strength": {}} | results
     tried = variants(config, options.ranks)
-    for variant in tried:
-        if variant.name in rows and (variant.name != reference(config) or results["strength"]):
-            continue
-        if variant.method not in results["rates"]:
-            example = next(v for v in tried if v.name == reference(config)) if variant.method == "lora" else variant
-            results["rates"][variant.method] = choose_lr(bench, example, RATES[variant.method](config))
-            keep()
-        lr = results["rates"][variant.method]["lr"]
-        clip = fit(bench, variant, lr, everything, bench.steps)
-        trained = sum(p.numel() for p in clip.model.parameters() if p.requires_grad)
-        rows[variant.name] = measure(bench, clip) | {"trained": trained, "lr": lr}
-        if variant.name == reference(config):
-            for strength in STRENGTHS:
-                set_strength(clip.model, strength)
-                results["strength"][f"{strength:.1f}"] = measure(bench, clip)
-        keep()
+    measure_all(bench, tried, results, lambda: common.save(setup, "ablation", results))
+    rows = {name: results["variants"][name] for name in [UNADAPTED, *(variant.name for variant in tried)]}
     results["verdict"] = verdict(bench, rows)
-    keep()
+    common.save(setup, "ablation", results)
     print(as_text(table(bench, rows)))
     steps = [[s, percent(row["recall"]), percent(row["shapes"])] for s, row in results["strength"].items()]
     print("\n" + as_text([["strength", f"Recall@{K}", f"shapes, Recall@{SHAPES_K}"], *steps]))
-    print("\n" + "\n".join(results["verdict"]))
+    print("\n" + "\n".join([*rates_tried(results["rates"]), *results["verdict"]]))
     n = (len(bench.held_out), len(bench.shapes))
     figures.ablation(rows, results["strength"], (K, SHAPES_K), n, setup.folder / "ablation.png")
     common.said(setup, "ablation.json", "ablation.png")

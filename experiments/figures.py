@@ -115,6 +115,7 @@ def hits_grid(
     found: model -> (picture, cosine, words under it).
     """
     first = 0 if asked is None else 1
+    inks = {"unadapted": "#555555", "adapted": ADAPTED}  # the grey of bars is too pale for letters
     columns = first + max(len(hits) for hits in found.values())
     figure, grid = plt.subplots(len(found), columns, figsize=(1.7 * columns, 2.5 * len(found)), squeeze=False)
     for axes in grid.flat:
@@ -125,10 +126,10 @@ def hits_grid(
             row[0].set_title("searched with", fontsize=9)
         for axes, (picture, score, under) in zip(row[first:], hits, strict=False):
             axes.imshow(picture.convert("RGB"))
-            axes.set_title(f"{score:.3f}", fontsize=9, color=COLOURS[model], fontweight="bold", pad=3)
+            axes.set_title(f"{score:.3f}", fontsize=9, color=inks[model], fontweight="bold", pad=3)
             text = "\n".join(textwrap.shorten(part, 24) for part in under.split("\n"))
             axes.text(0.5, -0.04, text, transform=axes.transAxes, fontsize=8.5, ha="center", va="top")
-        row[0].text(0, 1.24, f"{model}, cosine", transform=row[0].transAxes, fontsize=11, color=COLOURS[model])
+        row[0].text(0, 1.24, f"{model}, cosine", transform=row[0].transAxes, fontsize=11, color=inks[model])
     figure.suptitle(textwrap.fill(title, 14 * columns), fontsize=11, y=1.04)
     figure.subplots_adjust(hspace=0.55, wspace=0.1)
     save_figure(figure, file)

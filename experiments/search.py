@@ -9,6 +9,7 @@ Adding may be interrupted and repeated: what the index holds is not read again.
 """
 
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,6 @@ from tqdm import tqdm
 from clip_medical.data.images import decode
 from clip_medical.data.sources import Split, load_data
 from clip_medical.errors import UserError
-from clip_medical.evaluation.report import as_text
 from clip_medical.evaluation.search import Found, Index, Item
 from experiments import common, figures
 
@@ -113,8 +113,10 @@ def query(index: Index, setup: common.Setup, options: Search) -> None:
         feature = clip.encode_images([picture]) if picture else clip.encode_texts([options.text or ""])
         results[model] = index.search(model, feature[0], options.k)
     for model, found in results.items():
-        rows = [[str(rank), f"{hit.score:.3f}", hit.name, hit.caption[:90]] for rank, hit in enumerate(found, start=1)]
-        print(f"\n{model}\n" + as_text([["", "cosine", "picture", "caption"], *rows]))
+        width = max(len(hit.name) for hit in found)
+        print(f"\n{model}\n    cosine  {'picture'.ljust(width)}  caption")
+        for rank, hit in enumerate(found, start=1):
+            print(f"{rank:>2}  {hit.score:6.3f}  {hit.name.ljust(width)}  {textwrap.shorten(hit.caption, 90)}")
     asked = options.text or f"pictures like {Path(options.image or '').name}"
     hits = {model: [hit._asdict() for hit in found] for model, found in results.items()}
     common.save(setup, "search", {"query": asked, "pictures in the index": len(index), "hits": hits})

@@ -1,25 +1,26 @@
 """Dozens of labels of every kind at once, on held-out pictures: `python -m experiments.stress_test --run runs/x`.
 
-A picture has a modality, an anatomy and a finding. In one softmax over all labels a true modality and a true anatomy
-take probability from each other, so that neither can be certain. Two ways of asking that are fair:
+A picture has a modality, an anatomy, a finding and a view. In one softmax over all labels, a true modality and a true
+anatomy take probability from each other, so that neither can be certain. Two ways of asking that are fair:
 
     within facets    a softmax for each facet, as if each were a question of its own: is its first answer right?
     joint list       all labels in one list, ordered by cosine, or by the probability that each has within its facet:
                      do the first five hold the true modality, and the true anatomy?
 
-Labels that are true of no picture here stand in the list as well. The figures also show whether confidence can be
-believed (calibration) and which labels are taken for which.
+The labels are all that the data have, view included, and where these are fewer than 24, labels that are true of no
+picture here. The figures also show whether confidence can be believed (calibration) and what is taken for what.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clip_medical.data.batches import prepare
-from clip_medical.data.sources import Split
+from clip_medical.data.sources import FACETS, Split
 from clip_medical.errors import UserError
 from clip_medical.evaluation.classification import (
     classification_report,
@@ -34,22 +35,26 @@ from clip_medical.model import Clip
 from experiments import common, figures
 from experiments.common import line
 
-FACETS = ("modality", "anatomy", "finding")
 # none of these can be true of a picture whose labels are known and are others
-DISTRACTORS = {
-    "modality": ("PET", "scintigraphy", "endoscopy"),
-    "anatomy": ("foot", "shoulder", "elbow", "eye"),
-    "finding": ("fracture", "aneurysm", "foreign body", "pneumothorax"),
-}
+DISTRACTORS = (
+    ("finding", "fracture"), ("anatomy", "foot"), ("modality", "PET"),
+    ("finding", "aneurysm"), ("anatomy", "shoulder"), ("modality", "scintigraphy"),
+    ("finding", "foreign body"), ("anatomy", "elbow"), ("modality", "endoscopy"),
+    ("finding", "pneumothorax"), ("anatomy", "eye"),
+)  # fmt: skip
 FIRST = 5
 FEWEST = 24  # labels that make this a stress test
 
 
+@dataclass(frozen=True)
 class StressTest(common.Common):
     """Dozens of labels of every kind at once: first answers, top-5, calibration and confusions, before and after."""
 
+    distractors: bool = False
+    """Put in all labels that are true of no picture here, not only as many as are wanted for 24."""
 
-def labels_of(split: Split) -> dict[str, list[str]]:
+
+def labels_of(split: Split, every_distractor: bool = False) -> dict[str, list[str]]:
     """Facet -> its classes, those of the data and then the distractors. UserError if that makes too few."""
     found = {facet: sorted(set(split.labels.get(facet, [])) - {""}) for facet in FACETS}
     missing = [facet for facet in ("modality", "anatomy") if len(found[facet]) < 2]
@@ -57,15 +62,17 @@ def labels_of(split: Split) -> dict[str, list[str]]:
         raise UserError(
             f"the held-out pictures have no labels of their {' and '.join(missing)}: name others with --data."
         )
-    known = {name.lower() for names in found.values() for name in names}
-    for facet, others in DISTRACTORS.items():
-        found[facet] += [name for name in others if name.lower() not in known]
-    count = sum(map(len, found.values()))
+    known = [name.lower() for names in found.values() for name in names]
+    count = len(known)
+    for facet, name in DISTRACTORS:
+        if name.lower() not in known and (every_distractor or count < FEWEST):
+            found[facet].append(name)
+            count += 1
     if count < FEWEST:
         raise UserError(
             f"these pictures and the distractors make {count} labels, too few for this test: {FEWEST} or more."
         )
-    return found
+    return {facet: names for facet, names in found.items() if names}
 
 
 def truths(split: Split, classes: dict[str, list[str]]) -> dict[str, Tensor]:
@@ -85,7 +92,8 @@ def ranks_in_list(scores: Tensor, column: Tensor) -> Tensor:
 def joint(scores: Tensor, truth: dict[str, Tensor], first: dict[str, int]) -> dict[str, Any]:
     """Share of rows whose true labels are among the FIRST of the joint list (N, L); first: facet -> its first column.
 
-    Returns {"modality", "anatomy", "both": {"value", "low", "high", "n", "chance"}}, over the rows where it is known.
+    Returns {"modality", "anatomy", "both": {"value", "low", "high", "n", "chance", "labels" (L)}}, over the rows where
+    it is known.
     """
     facets = ("modality", "anatomy")
     known = {facet: truth[facet] >= 0 for facet in facets}
@@ -98,7 +106,7 @@ def joint(scores: Tensor, truth: dict[str, Tensor], first: dict[str, int]) -> di
         report[name] = {"value": values.mean().item(), "low": low, "high": high, "n": len(values)}
         share = FIRST / scores.shape[1]
         other = (FIRST - 1) / (scores.shape[1] - 1)
-        report[name]["chance"] = share * other if name == "both" else share
+        report[name] |= {"chance": share * other if name == "both" else share, "labels": scores.shape[1]}
     return report
 
 
@@ -110,7 +118,7 @@ def measure(clip: Clip, images: Tensor, classes: dict[str, list[str]], truth: di
     facets = {}
     for facet, right in truth.items():
         known = right >= 0
-        if known.any():
+        if known.any() and len(classes[facet]) > 1:
             facets[facet] = classification_report(probabilities[facet][known], right[known], classes[facet])
     first, column = {}, 0
     for facet, names in classes.items():
@@ -129,11 +137,10 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any
     for facet, report in last["facets"].items():
         of_models = {model: result["facets"][facet]["accuracy"] for model, result in results.items()}
         found.append((f"{facet}, first of its {len(report['classes'])}", of_models, report["n"]))
-    labels = sum(len(report["classes"]) for report in last["facets"].values())
     for how, words in JOINT.items():
         for name, row in last["joint"][how].items():
             of_models = {model: result["joint"][how][name] for model, result in results.items()}
-            found.append((f"{name} in first {FIRST} of {labels},\n{words}", of_models, row["n"]))
+            found.append((f"{name} in first {FIRST} of {row['labels']},\n{words}", of_models, row["n"]))
     return found
 
 
@@ -180,7 +187,7 @@ def draw(setup: common.Setup, results: dict[str, dict[str, Any]]) -> Sequence[st
 def run(options: StressTest) -> int:
     setup = common.load_models("stress_test", options)
     split = common.load_evidence(setup, options).validation
-    classes = labels_of(split)
+    classes = labels_of(split, options.distractors)
     pairs = prepare(split, setup.best, "held-out")
     truth = truths(split, classes)
     results = {m: measure(clip, encode(clip, pairs)[0], classes, truth) for m, clip in setup.models.items()}

@@ -102,10 +102,10 @@ def test_a_class_without_pictures_is_a_distractor() -> None:
 
 def test_calibration_by_hand() -> None:
     """Catches an error that is not weighted by the bins, and over- and underconfidence that cancel out."""
-    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
+    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.58, 0.58])
     hits = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
     found = calibration(confidence, hits)
-    assert found["ece"] == pytest.approx(4 / 6 * 0.45 + 2 / 6 * 0.45)
+    assert found["ece"] == pytest.approx(4 / 6 * 0.45 + 2 / 6 * 0.42)
     assert [b["n"] for b in found["bins"]] == [2, 4]
     assert calibration(torch.ones(5), torch.ones(5))["ece"] == 0  # confidence 1 has a bin
 
