@@ -111,7 +111,8 @@ def loop(job: Job) -> None:
     """Steps `job.done` + 1 to `job.steps`, each a line of metrics.jsonl. Ctrl-C ends it early, after a whole step."""
     clip, config, learner = job.clip, job.config, job.learner
     pairs, clock = timed(job.pairs)
-    batches = epochs(pairs, config.batch_size, config.seed, job.done, job.steps, config.fragments)
+    all_rows = torch.arange(len(pairs))
+    batches = epochs(pairs, all_rows, config.batch_size, config.seed, job.done, job.steps, config.fragments)
     if config.overfit_batch:
         batches = repeat((pairs, next(row_batches(len(pairs), config.batch_size, config.seed))))
     clip.model.train()

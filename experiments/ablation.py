@@ -14,6 +14,7 @@ What was forgotten is measured on the coloured shapes that the tiny CLIP was tra
 so far is kept in ablation.json: the same command goes on from there.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from clip_medical.config import Config
+from clip_medical.data import shapes
 from clip_medical.data.batches import Pairs, prepare
 from clip_medical.data.shapes import scene
 from clip_medical.data.sources import Data, Split
@@ -122,7 +124,9 @@ def read_config(options: Ablation) -> Config:
 def held_out_shapes() -> Split:
     scenes = [scene(0, "held out", i) for i in range(SHAPES)]
     names = [f"shapes {i}" for i in range(SHAPES)]
-    return Split([s.caption for s in scenes], names, {}, lambda row: scenes[row].image)
+    drawn_by = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()[:16]
+    origins = [f"{drawn_by} {name}" for name in names]
+    return Split([s.caption for s in scenes], names, {}, lambda row: scenes[row].image, origins)
 
 
 def make_bench(setup: common.Setup, config: Config, data: Data) -> Bench:
@@ -133,8 +137,8 @@ def make_bench(setup: common.Setup, config: Config, data: Data) -> Bench:
     train, held_out = prepare(data.train, base, "training"), prepare(data.validation, base, "held-out")
     steps = config.steps or config.epochs * (count // batch)
     fresh = partial(load_clip, base.name, base.device, revision=base.revision)
-    shapes = prepare(held_out_shapes(), base, "shapes")
-    return Bench(config, steps, fresh, train, held_out, data.validation.labels, shapes)
+    held_shapes = prepare(held_out_shapes(), base, "shapes")
+    return Bench(config, steps, fresh, train, held_out, held_out.split.labels, held_shapes)
 
 
 def table(bench: Bench, rows: dict[str, dict[str, Any]]) -> list[list[str]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clip_medical.config import Config
-from clip_medical.data.batches import Pairs, row_batches
+from clip_medical.data.batches import Pairs, epochs
 from clip_medical.model import Clip
 from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.learner import Learner
@@ -86,14 +86,15 @@ def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor, steps: int) -> 
     """A fresh model, trained on `rows` of the training pairs with the loss, order and schedule of train.py."""
     torch.manual_seed(bench.config.seed)
     clip = bench.base()
-    learner = Learner(variant.make(clip), replace(bench.config, lr=lr), steps, scaled=False)
+    config = replace(bench.config, lr=lr, lora_plus=1.0)  # one rate for all: not every variant has an A and a B
+    learner = Learner(variant.make(clip), clip.model.logit_scale, config, steps, scaled=False)
     clip.model.train()
-    batches = row_batches(len(rows), bench.config.batch_size, bench.config.seed)
-    for batch in tqdm(islice(batches, steps), total=steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
-        loss = contrastive_backward(clip, bench.train, rows[batch], bench.config.batch_size)
+    batches = islice(epochs(bench.train, rows, config.batch_size, config.seed, 0, steps, config.fragments), steps)
+    for read, batch in tqdm(batches, total=steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
+        loss = contrastive_backward(clip, read, batch, config.batch_size)
         if not loss.isfinite():
             break  # this learning rate is too high; the loss that is measured next says so
-        learner.step(bench.config.clip_norm)
+        learner.step(config.clip_norm)
     clip.model.eval()
     return clip
 

@@ -142,18 +142,18 @@ def row_batches(count: int, batch_size: int, seed: int, start: int = 0) -> Itera
 
 
 def epochs(
-    pairs: Pairs, batch_size: int, seed: int, start: int, steps: int, share: float
+    pairs: Pairs, rows: Tensor, batch_size: int, seed: int, start: int, steps: int, share: float
 ) -> Iterator[tuple[Pairs, Tensor]]:
-    """The batches of a run from number `start` on, each with the pairs as its epoch reads them.
+    """The batches of `rows` from number `start` on, each with the pairs as its epoch reads them.
 
     share: of the captions that the first epoch reads as fragments; it falls to 0 in equal steps, so that the last epoch
     reads whole captions: first words, then sentences.
     """
-    per_epoch = len(pairs) // batch_size
+    per_epoch = len(rows) // batch_size
     last = max(1, (steps - 1) // per_epoch)
     read = pairs
-    for step, rows in enumerate(row_batches(len(pairs), batch_size, seed, start), start):
+    for step, batch in enumerate(row_batches(len(rows), batch_size, seed, start), start):
         epoch = step // per_epoch
         if step == start or step % per_epoch == 0:
             read = pairs.in_epoch(share * (1 - epoch / last), seed, epoch)
-        yield read, rows
+        yield read, rows[batch]

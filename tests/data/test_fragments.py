@@ -44,10 +44,10 @@ def test_an_epoch_reads_fragments_first_and_whole_captions_last() -> None:
     """Catches a share that does not fall, an epoch cut anew half-way, and one that a resumed run reads otherwise."""
     number = torch.arange(8)
     pairs = Pairs(torch.zeros(8, 3, 2, 2), TOKENS[3:4].repeat(8, 1), LENGTHS[3:4].repeat(8), number, number)
-    steps = [next_step for next_step, _ in zip(epochs(pairs, 4, 0, 0, 6, 1.0), range(6), strict=False)]
+    steps = [next_step for next_step, _ in zip(epochs(pairs, number, 4, 0, 0, 6, 1.0), range(6), strict=False)]
     whole = [int((read.tokens == pairs.tokens).all(dim=1).sum()) for read, _ in steps]
     assert whole[:2] == [0, 0] and 0 < whole[2] == whole[3] < 8 and whole[4:] == [8, 8]
-    resumed = next(epochs(pairs, 4, 0, 3, 6, 1.0))
+    resumed = next(epochs(pairs, number, 4, 0, 3, 6, 1.0))
     assert torch.equal(resumed[0].tokens, steps[3][0].tokens) and torch.equal(resumed[1], steps[3][1])
 
 
