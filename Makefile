@@ -4,7 +4,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test mutants lint check clean
+.PHONY: help demo test bench mutants lint check clean
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -20,6 +20,9 @@ demo: $(READY)  ## adapt the tiny CLIP to radiology phantoms and report, about 2
 
 test: $(READY)  ## all tests
 	$(RUN) -m pytest
+
+bench: $(READY)  ## speed and memory beside peft and full fine-tuning, about 20 minutes on 2 cores
+	$(RUN) -m experiments.benchmark
 
 mutants: $(READY)  ## put known mistakes into a copy of the code and see that a test fails on each
 	$(RUN) tests/mutants.py
