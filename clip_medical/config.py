@@ -44,21 +44,21 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers to adapt, in both towers."""
 
-    batch_size: int = 32
+    batch_size: int = 64
     """Pairs in a contrastive batch, over all processes together: each is set against all others of its batch."""
     chunk_size: int | Literal["auto"] = "auto"
     """Pairs that a process encodes at a time; auto: as many as fit into memory. The loss and its gradient stay those of
     the whole batch (cached gradients, Gao et al. 2021), for one more forward pass. Plain gradient accumulation is not
     offered: the pairs of one part would not be negatives for those of another, which makes small batches of a large
     one."""
-    fragments: float = 0.9
+    fragments: float = 0.5
     """Share of the captions that are cut to a few words in a row, 0 to 1, so that the model learns to read labels and
     queries too. It falls to 0 in the course of the run."""
     epochs: int = 15
     """Passes over the training pairs."""
     steps: int | None = None
     """Optimizer steps; default: as many as `epochs` makes."""
-    lr: float = 3e-3
+    lr: float = 4e-3
     """Peak learning rate of the adapter (AdamW)."""
     lora_plus: float = 1.0
     """How many times that rate B learns at (LoRA+, Hayou et al. 2024); 1: as A."""

@@ -109,7 +109,11 @@ def _tokens(clip: Clip, captions: list[str], folder: Path) -> tuple[Tensor, Tens
     if not path.is_file():
         ids, lengths = clip.tokens(captions)
         full = [captions[i] for i in (lengths == clip.context_length).nonzero().flatten().tolist()]
-        cut = sum(len(ids) > clip.context_length for ids in clip.tokenizer(full)["input_ids"]) if full else 0
+        cut = (
+            sum(len(ids) > clip.context_length for ids in clip.tokenizer(full, verbose=False)["input_ids"])
+            if full
+            else 0
+        )
         part = path.with_suffix(f".{os.getpid()}")
         save_file({"ids": ids.int(), "lengths": lengths, "cut": torch.tensor(cut)}, part)
         part.replace(path)
