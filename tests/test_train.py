@@ -156,8 +156,8 @@ def test_chunks_and_checkpointing_train_the_same(
     """Catches a --chunk-size that makes small batches of a large one, and a flag that does not reach the loop."""
     flags = ["--chunk-size", "5", "--checkpointing", "on"]
     assert run(monkeypatch, *SMALL, "--steps", "4", *flags, "--output", tmp_path / "run") == 0
-    for name, tensor in adapter(finished).items():
-        torch.testing.assert_close(adapter(tmp_path / "run")[name], tensor, rtol=1e-3, atol=1e-5)
+    for name, tensor in adapter(finished).items():  # as a whole: Adam makes a long step of a gradient that is rounding
+        assert (adapter(tmp_path / "run")[name] - tensor).norm() < 1e-3 * tensor.norm(), name
     assert "4 chunks of up to 5, with checkpointing" in (tmp_path / "run" / "report.md").read_text()
 
 
@@ -336,8 +336,9 @@ def test_presets_can_be_overridden() -> None:
 
 
 def test_a_full_demo_learns(tmp_path: Path) -> None:
-    """Catches a pipeline that runs and teaches nothing: 48 steps must take a good part of the loss away."""
-    command = [sys.executable, "train.py", "--limit", "256", "--steps", "48", "--output", str(tmp_path / "run")]
+    """Catches a pipeline that runs and teaches nothing: 32 steps must take a good part of the loss away."""
+    command = [sys.executable, "train.py", "--limit", "128", "--steps", "32", "--output"]
+    command += [str(tmp_path / "run"), "--batch-size", "32"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"TQDM_DISABLE": "1"})
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert np.mean(losses[-5:]) < 0.75 * losses[0]

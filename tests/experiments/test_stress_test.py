@@ -10,7 +10,8 @@ from experiments.stress_test import joint, labels_of, ranks_in_list, truths
 
 def split(**labels: list[str]) -> Split:
     rows = len(next(iter(labels.values())))
-    return Split(["x"] * rows, [str(r) for r in range(rows)], labels, lambda row: None)  # type: ignore[arg-type, return-value]
+    names = [str(r) for r in range(rows)]
+    return Split(["x"] * rows, names, labels, lambda row: None, names)  # type: ignore[arg-type, return-value]
 
 
 def test_top_5_by_hand() -> None:
