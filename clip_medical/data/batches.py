@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clip_medical.data.cache import Cache, open_cache
 from clip_medical.data.fragments import fragments
-from clip_medical.data.sources import Split
+from clip_medical.data.splits import Split
+from clip_medical.errors import UserError
 from clip_medical.model import Clip
 
 
@@ -139,6 +140,8 @@ def row_batches(count: int, batch_size: int, seed: int, start: int = 0) -> Itera
     The rows left over when the batches do not fill an epoch sit that epoch out: a smaller batch has fewer negatives.
     """
     batches_per_epoch = count // batch_size
+    if not batches_per_epoch:
+        raise UserError(f"only {count} pairs could be read, too few for a batch of {batch_size}: lower --batch-size.")
     for epoch in range(start // batches_per_epoch, 2**62):
         order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
         first = start % batches_per_epoch if epoch == start // batches_per_epoch else 0

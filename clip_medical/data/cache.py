@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from clip_medical.data import dicom, images
 from clip_medical.data.images import UnreadableImage, resize_and_crop
-from clip_medical.data.sources import Split
+from clip_medical.data.splits import Split
 from clip_medical.errors import UserError
 
 ROOT_VARIABLE = "CLIP_MEDICAL_CACHE"

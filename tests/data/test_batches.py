@@ -13,6 +13,7 @@ from clip_medical.data import cache
 from clip_medical.data.batches import prepare, row_batches
 from clip_medical.data.images import UnreadableImage
 from clip_medical.data.sources import Split
+from clip_medical.errors import UserError
 from clip_medical.model import Clip
 
 
@@ -93,3 +94,24 @@ def test_any_position_is_found_again(start: int) -> None:
     whole = [batch.tolist() for batch in islice(row_batches(95, 10, 3), 50)]
     resumed = [batch.tolist() for batch in islice(row_batches(95, 10, 3, start), 50 - start)]
     assert resumed == whole[start:]
+
+
+def test_fewer_pairs_than_a_batch_are_a_mistake() -> None:
+    """Catches a division by zero where unreadable pictures left fewer pairs than one batch."""
+    with pytest.raises(UserError, match="only 9 pairs could be read.*--batch-size"):
+        next(row_batches(9, 10, 0))
+
+
+def test_the_benchmark_runs(tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a benchmark that no longer fits the code it measures; and shards unlike those of ROCOv2."""
+    from experiments import benchmark_data as benchmark
+
+    monkeypatch.setattr(cache, "TOLERATED", 0)
+    benchmark.write_shards(tmp_path, 3, seed=0)
+    (shard,) = tmp_path.glob("*.parquet")
+    assert 300_000 < shard.stat().st_size < 1_500_000
+    monkeypatch.setattr(benchmark, "BATCH", 2)
+    monkeypatch.setattr(benchmark, "small_clip", lambda: clip)
+    monkeypatch.setenv(cache.ROOT_VARIABLE, "set by the benchmark and put back by this")
+    first, cached = benchmark.first_pass_and_cached(tmp_path)
+    assert first > 0 and cached > 0
