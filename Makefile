@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## adapt the tiny CLIP to radiology phantoms and report, about 2 minutes on 2 cores
+demo: $(READY)  ## adapt the tiny CLIP to radiology phantoms and report, about 3 minutes on 2 cores
 	$(RUN) train.py
 
 test: $(READY)  ## all tests
