@@ -82,7 +82,10 @@ MUTANTS = [
     Mutant("chance of one label for both", STRESS, "share * other if", "share if", "tests/experiments/test_stress_test.py"),
     Mutant("linear map with learning towers", VARIANTS, "clip.model.requires_grad_(False)\n    return", "clip.model.requires_grad_(True)\n    return", "tests/experiments/test_ablation.py"),
     Mutant("rank changes the step size", VARIANTS, "alpha = config.alpha * rank / config.rank", "alpha = config.alpha", "tests/experiments/test_ablation.py"),
-    Mutant("rows of other settings taken over", ABLATION, 'stored if stored.get("settings") == own else {}', "stored", "tests/experiments/test_ablation.py"),
+    Mutant("rows of other settings taken over", ABLATION, 'stored if stored.get("settings") == settings else {}', "stored", "tests/experiments/test_ablation.py"),
+    Mutant("equal fragments are wrong for each other", BATCHES, "(self.caption_ids, self.image_ids, self.text_ids)", "(self.caption_ids, self.image_ids)", "tests/data/test_fragments.py"),
+    Mutant("fragments to the very end", BATCHES, "share * (1 - epoch / last)", "share", "tests/data/test_fragments.py"),
+    Mutant("fragment without its end", "clip_medical/data/fragments.py", "torch.where(column <= count,", "torch.where(column <= count + 1,", "tests/data/test_fragments.py"),
 ]  # fmt: skip
 
 
