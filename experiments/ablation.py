@@ -199,8 +199,9 @@ def run(options: Ablation) -> int:
     config = read_config(options)
     setup = common.load_models("ablation", options)
     bench = make_bench(setup, config, common.load_evidence(setup, options))
-    settings = {"steps": bench.steps, "batch size": config.batch_size, "fragments": config.fragments, "rank": config.rank,
-                "alpha": config.alpha, "lr": config.lr, "training pairs": len(bench.train), "held-out pairs": len(bench.held_out),
+    settings = {"steps": bench.steps, "batch size": config.batch_size, "fragments": config.fragments,
+                "rank": config.rank, "alpha": config.alpha, "lr": config.lr,
+                "training pairs": len(bench.train), "held-out pairs": len(bench.held_out),
                 "data": setup.facts["data"]["fingerprint"], "model": setup.facts["model"]["fingerprint"],
                 "seed": config.seed}  # fmt: skip
     stored = read_json(setup.folder / "ablation.json").get("results", {})
