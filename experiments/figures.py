@@ -174,3 +174,24 @@ def ablation(
         *left.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
     )
     save_figure(figure, file)
+
+
+def memory_curve(curve: dict[str, Any], file: Path) -> None:
+    """Peak memory against the batch, in chunks and at once, beside what chunks are allowed to take."""
+    rows, plain = curve["in chunks"], curve["plain"]
+    first, gib = rows[0]["peak"], 2**30
+    batches = [row["batch"] for row in rows]
+    allowed = [1.15 * (first + row["features"] + row["logits"]) / gib for row in rows]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    at_once: dict[str, Any] = dict(color=ACCENT, marker="s", linestyle="-.", label="all pairs at once: the plain step")
+    axes.plot([row["batch"] for row in plain], [row["peak"] / gib for row in plain], **at_once)
+    label = f"the same gradient in chunks of {curve['chunk']} pairs"
+    axes.plot(batches, [row["peak"] / gib for row in rows], color=ADAPTED, marker="o", label=label)
+    label = f"peak of {batches[0]}, features and logits, and 15 %"
+    axes.plot(batches, allowed, color="black", linestyle=":", linewidth=1, label=label)
+    ticks = sorted({*batches, *(row["batch"] for row in plain)})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set(xlabel="pairs in the contrastive batch", ylabel="peak memory of a step (GiB)", ylim=(0, None))
+    axes.legend(frameon=False, loc="lower right")
+    save_figure(figure, file)

@@ -48,19 +48,24 @@ def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Rows of text, heading first; every row says how large its pool was. results: model -> what `measure` gives."""
     rows = [["", *results, "chance", "pool"]]
     last = list(results.values())[-1]
-    for part, note in (("whole", ""), ("sampled", " draws")):
+    for part in ("whole", "sampled"):
         if last[part] is None:
             continue
-        pool = f"{last[part]['pool']:,}" + (f", mean of {last[part]['draws']}{note}" if note else "")
         for way, arrow in WAYS.items():
+            pool = (
+                f"{last[part]['pool']:,}, mean of {last[part]['draws']} draws"
+                if part == "sampled"
+                else f"{last[part][way]['pool']:,}"
+            )
             found = {model: result[part][way] for model, result in results.items()}
             for key in (k for k in last[part][way] if k.startswith("recall")):
                 name = f"{arrow}, {key.replace('recall', 'Recall')}"
                 rows.append(line(name, {model: row[key] for model, row in found.items()}, n=pool))
             if part == "whole":
-                ranks = (f"{row['median_rank']:.0f}" for row in found.values())
-                rows.append([f"{arrow}, median rank", *ranks, f"{(last[part]['pool'] + 1) / 2:.0f}", pool])
-                rows.append([f"{arrow}, MRR", *(f"{row['mrr']:.3f}" for row in found.values()), "", pool])
+                medians = (f"{row['median_rank']['value']:g}" for row in found.values())
+                rows.append([f"{arrow}, median rank", *medians, f"{last[part][way]['median_rank']['chance']}", pool])
+                means = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row["mrr"]) for row in found.values())
+                rows.append([f"{arrow}, MRR", *means, f"{last[part][way]['mrr']['chance']:.3f}", pool])
     for label, ways in last["precision"].items():
         for way, arrow in WAYS.items():
             for key in (k for k in ways[way] if k.startswith("precision")):

@@ -85,7 +85,12 @@ def truths(split: Split, classes: dict[str, list[str]]) -> dict[str, Tensor]:
 
 
 def ranks_in_list(scores: Tensor, column: Tensor) -> Tensor:
-    """(N,) how many other labels score as high as the label `column` (N,) of each row or higher; scores (N, L)."""
+    """(N,) how many other labels score as high as the label `column` (N,) of each row or higher; scores (N, L).
+
+    Raises ValueError on NaN: no comparison with it is true, so that every label would come first.
+    """
+    if scores.isnan().any():
+        raise ValueError("the scores contain NaN: an order of them would mean nothing")
     return (scores >= scores.gather(1, column[:, None])).sum(dim=1) - 1
 
 

@@ -26,11 +26,12 @@ def loss_curve(losses: Sequence[float], batch_size: int, file: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6))
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=ADAPTED, alpha=0.35, linewidth=1, label="batch loss")
-    if len(losses) >= 20:
+    if len(losses) > 20:
         mean = np.convolve(losses, np.ones(20) / 20, mode="valid")
         axes.plot(steps[19:], mean, color=ADAPTED, linewidth=2, label="mean of 20 steps")
     axes.axhline(np.log(batch_size), color="black", linestyle=":", linewidth=1, label=f"ln {batch_size}: knows nothing")
     axes.set(xlabel="optimizer step", ylabel="InfoNCE loss (nats)", ylim=(0, None), xlim=(0, len(losses) + 1))
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
     save_figure(figure, file)
 
@@ -72,7 +73,9 @@ def recall_bars(retrieval: dict[str, dict[str, Any]], file: Path) -> None:
         chance = [last[way][k]["chance"] for k in keys]
         bars(axes, [k.replace("recall", "Recall") for k in keys], rows, "value", chance)
         axes.set_title(way.replace("_to_", " to "), pad=10)
-        axes.set_xlabel(f"% of {last['pool']:,} queries, whole pool, 95 % interval", fontsize=10)
+        axes.set_xlabel(
+            f"% of {last[way]['queries']:,} queries, pool of {last[way]['pool']:,}, 95 % interval", fontsize=10
+        )
     handles = both[0].get_legend_handles_labels()
     figure.legend(*handles, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, frameon=False)
     figure.tight_layout()
@@ -94,11 +97,11 @@ def zero_shot_bars(zero_shot: dict[str, dict[str, Any]], file: Path, key: str = 
 Hit = tuple[Image.Image, str, bool | None]  # a picture, what it shows, whether it is right (None: not known)
 
 
-def search_grid(queries: Sequence[str], found: Sequence[dict[str, list[Hit]]], file: Path) -> None:
+def search_grid(queries: Sequence[str], found: Sequence[dict[str, list[Hit]]], pool: int, file: Path) -> None:
     """Text-to-image search: a row a query, on the left the best pictures of the unadapted model, right of the adapted.
 
-    found: for each query {"unadapted": hits, "adapted": hits}, best first. Right pictures have a blue frame, wrong ones
-    an orange and dashed one.
+    found: for each query {"unadapted": hits, "adapted": hits}, best first, out of `pool` pictures. Right pictures have
+    a blue frame, wrong ones an orange and dashed one.
     """
     shown = len(found[0]["adapted"])
     columns = 2 * shown + 1  # one empty column between the halves
@@ -123,4 +126,8 @@ def search_grid(queries: Sequence[str], found: Sequence[dict[str, list[Hit]]], f
     for column, half in ((0, "unadapted"), (shown + 1, "adapted")):
         grid[0][column].text(0, 1.62, half, transform=grid[0][column].transAxes, fontsize=12)
     figure.subplots_adjust(hspace=0.62, wspace=0.08)
+    note = f"the first {shown} of {pool:,} held-out pictures, best first"
+    if any(right is not None for halves in found for _, _, right in halves["adapted"]):
+        note += "; blue frame: both labels are right, orange and dashed: not"
+    figure.text(0.5, 0.06, note, ha="center", fontsize=9.5)
     save_figure(figure, file)

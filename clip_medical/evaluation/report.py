@@ -94,21 +94,14 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
     """Rows of text, heading first: measure, unadapted, adapted, chance, n; values in per cent with 95 % interval."""
     rows = [["", "unadapted", "adapted", "chance", "n"]]
 
-    pool = str(after["retrieval"]["pool"])
     for way, arrow in (("image_to_text", "image -> text"), ("text_to_image", "text -> image")):
         old, new = before["retrieval"][way], after["retrieval"][way]
+        pool = str(new["pool"])
         for key in (k for k in new if k.startswith("recall")):
             name = f"{arrow}, {key.replace('recall', 'Recall')}"
-            rows.append(
-                [
-                    name,
-                    percent(old[key], "value"),
-                    percent(new[key], "value"),
-                    f"{100 * new[key]['chance']:.1f} %",
-                    pool,
-                ]
-            )
-        rows.append([f"{arrow}, median rank", f"{old['median_rank']:.0f}", f"{new['median_rank']:.0f}", "", pool])
+            rows.append([name, percent(old[key]), percent(new[key]), f"{100 * new[key]['chance']:.1f} %", pool])
+        medians = [old["median_rank"]["value"], new["median_rank"]["value"], new["median_rank"]["chance"]]
+        rows.append([f"{arrow}, median rank", *(f"{median:g}" for median in medians), pool])
     for facet, new in after["zero_shot"].items():
         old = before["zero_shot"][facet]
         name = f"zero-shot {facet}, {len(new['classes'])} classes"
@@ -158,7 +151,7 @@ def write_report(
     queries = example_queries(split)
     found = [{"unadapted": _found(before, q, wanted, split), "adapted": _found(after, q, wanted, split)}
              for q, (_, wanted) in enumerate(queries)]  # fmt: skip
-    plots.search_grid([query for query, _ in queries], found, folder / "figures" / "search.png")
+    plots.search_grid([query for query, _ in queries], found, len(split), folder / "figures" / "search.png")
 
     everything = facts | {"unadapted": before.results, "adapted": after.results}
     write_text(folder / "report.json", json.dumps(everything, indent=2) + "\n")

@@ -12,70 +12,103 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # similarities held at a time, 16 MiB of them: memory does not grow with the square of the pool
-Ids = tuple[Tensor, Tensor]  # of the queries (Q,) and of the candidates (C,)
+BLOCK = 2**23  # similarities held at a time, 32 MiB of them: memory does not grow with the square of the pool
+
+
+class Keys(NamedTuple):
+    """Which keys each row has, one or several: a query and a candidate that share one are right for each other."""
+
+    row: Tensor  # (E,) int64
+    key: Tensor  # (E,) int64
+
+    @classmethod
+    def of(cls, ids: Tensor) -> "Keys":
+        """One key a row: ids (N,)."""
+        return cls(torch.arange(len(ids)), ids)
 
 
 class Ranks(NamedTuple):
-    """For each query: how many wrong candidates stand above its best right one, and how many are right at all."""
+    """Of each query: how many wrong candidates stand above its best right one, and how many are right at all."""
 
     rank: Tensor  # (Q,) int64, 0 is the best
     right: Tensor  # (Q,) int64, 1 or more
+    pool: int  # candidates
 
 
-def ranks(queries: Tensor, candidates: Tensor, *ids: Ids) -> Ranks:
+def ranks(queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Ranks:
     """Compare every query with every candidate, in fp32 and in blocks.
 
-    queries (Q, D), candidates (C, D)   unit-length features
-    ids   pairs of (Q,) and (C,): a candidate is right for a query where the two agree in any pair, having the same
-          caption, say, or the same picture
+    queries (Q, D), candidates (C, D)   unit-length features; right for each other where they share a key
 
     A wrong candidate of equal similarity counts as above (pessimistic on ties), so features that have all collapsed to
     one point score 0, not 100 %. Raises ValueError on features that are not finite and on a query without an answer.
     """
     queries, candidates = _checked(queries, candidates)
-    tables = [_Lookup(*pair) for pair in ids]
+    answers = _Answers(query_keys, candidate_keys)
     rank, counts = [], []
-    for rows in torch.arange(len(queries)).split(max(1, BLOCK // len(candidates))):
-        similarity = queries[rows] @ candidates.T
+    rows = max(1, BLOCK // len(candidates))
+    for first in range(0, len(queries), rows):
+        similarity = queries[first : first + rows] @ candidates.T
+        count = len(similarity)
         # The right ones are few: a list of their places costs less than a mask over the block. Places are numbered
-        # through the block, so that one found by two pairs of ids is listed once.
-        places = torch.cat([table.places(rows) for table in tables]).unique()
+        # through the block, so that one that shares two keys is listed once.
+        query, candidate = answers.of(first, first + count)
+        places = (query * len(candidates) + candidate).unique()
         query, values = places // len(candidates), similarity.view(-1)[places]
-        best = torch.full((len(rows),), -torch.inf).scatter_reduce_(0, query, values, "amax")
+        best = torch.full((count,), -torch.inf).scatter_reduce_(0, query, values, "amax")
         # everything at least as similar as the best right one, less the right ones among it
         above = np.count_nonzero(similarity.numpy() >= best[:, None].numpy(), axis=1)  # torch's sum is 5 times slower
-        rank.append(torch.from_numpy(above) - query[values >= best[query]].bincount(minlength=len(rows)))
-        counts.append(query.bincount(minlength=len(rows)))
-    result = Ranks(torch.cat(rank), torch.cat(counts))
+        rank.append(torch.from_numpy(above) - query[values >= best[query]].bincount(minlength=count))
+        counts.append(query.bincount(minlength=count))
+    result = Ranks(torch.cat(rank), torch.cat(counts), len(candidates))
     if not result.right.all():
-        raise ValueError("a query has no right candidate in the pool: its id is missing among the candidates")
+        raise ValueError("a query has no right candidate in the pool: its key is missing among the candidates")
     return result
 
 
 def _checked(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Both in fp32; ValueError if they are not finite."""
     queries, candidates = queries.float(), candidates.float()
-    if not (queries.isfinite().all() and candidates.isfinite().all()):
-        raise ValueError("the features contain NaN or infinity: what is measured on them would mean nothing")
+    for features in (queries, candidates):  # least and most show NaN and infinity; isfinite() would copy all features
+        if features.numel() and not torch.stack(features.aminmax()).isfinite().all():
+            raise ValueError("the features contain NaN or infinity: what is measured on them would mean nothing")
     return queries, candidates
 
 
-class _Lookup:
-    """Finds the candidates that share the id of a query, without comparing every query with every candidate."""
+class _Answers:
+    """Finds the candidates that share a key with a query, without comparing every query with every candidate."""
 
-    def __init__(self, of_queries: Tensor, of_candidates: Tensor) -> None:
-        self.of_queries = of_queries
-        self.sorted, self.order = of_candidates.sort()
+    def __init__(self, of_queries: Keys, of_candidates: Keys) -> None:
+        self.query, order = of_queries.row.sort()
+        self.wanted = of_queries.key[order]
+        self.key, order = of_candidates.key.sort()
+        self.candidate = of_candidates.row[order]
 
-    def places(self, rows: Tensor) -> Tensor:
-        """Where in the block (rows, candidates), read row by row, the right candidates of queries `rows` stand."""
-        wanted = self.of_queries[rows].contiguous()
-        first = torch.searchsorted(self.sorted, wanted)
-        count = torch.searchsorted(self.sorted, wanted, right=True) - first
-        query = torch.arange(len(rows)).repeat_interleave(count)
-        nth = torch.arange(len(query)) - (count.cumsum(0) - count)[query]  # 0, 1, ... within each query's own
-        return query * len(self.order) + self.order[first[query] + nth]
+    def of(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Queries from `first` to before `last`, numbered from 0, each beside one candidate that is right for it."""
+        begin, end = torch.searchsorted(self.query, torch.tensor([first, last])).tolist()
+        query, wanted = self.query[begin:end] - first, self.wanted[begin:end]
+        start = torch.searchsorted(self.key, wanted)
+        count = torch.searchsorted(self.key, wanted, right=True) - start
+        nth = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)  # 0, 1, ... of each
+        return query.repeat_interleave(count), self.candidate[start.repeat_interleave(count) + nth]
+
+
+def pair_ranks(images: Tensor, texts: Tensor, caption_ids: Tensor, image_ids: Tensor) -> dict[str, Ranks]:
+    """Both ways over a pool of N pairs: its I different pictures and its N captions are set against each other.
+
+    images, texts (N, D) unit length; caption_ids, image_ids (N,). A picture that stands in several pairs is in the pool
+    once, and right for all its captions. The same caption is right for every picture that has it: nothing in it could
+    tell them apart.
+
+    Returns {"image_to_text": Ranks (I,) in the order of `image_ids.unique()`, "text_to_image": Ranks (N,)}.
+    """
+    _, first, picture = (torch.from_numpy(found) for found in np.unique(image_ids.numpy(), True, True))
+    of_pictures, of_texts = Keys(picture, caption_ids), Keys.of(caption_ids)
+    return {
+        "image_to_text": ranks(images[first], texts, of_pictures, of_texts),
+        "text_to_image": ranks(texts, images[first], of_texts, of_pictures),
+    }
 
 
 def recall_at_k(
@@ -95,22 +128,25 @@ def recall_at_k(
         raise ValueError(
             f"{len(image_features)} images and {len(text_features)} texts: without text_to_image they must be as many"
         )
-    image_ids = torch.arange(len(image_features))
     text_ids = torch.arange(len(text_features)) if text_to_image is None else torch.as_tensor(text_to_image).cpu()
     images, texts = image_features.detach().cpu(), text_features.detach().cpu()
+    of_images, of_texts = Keys.of(torch.arange(len(images))), Keys.of(text_ids)
     both = {
-        "image_to_text": ranks(images, texts, (image_ids, text_ids)).rank,
-        "text_to_image": ranks(texts, images, (text_ids, image_ids)).rank,
+        "image_to_text": ranks(images, texts, of_images, of_texts).rank,
+        "text_to_image": ranks(texts, images, of_texts, of_images).rank,
     }
     return {way: {k: (rank < k).double().mean().item() for k in ks} for way, rank in both.items()}
 
 
-def chance_recall(right: Tensor, pool: int, k: int) -> float:
-    """Recall@k of a random order: the mean over queries of 1 - C(P - g, k) / C(P, k), g = right (Q,) of P = pool."""
-    miss = torch.ones(len(right), dtype=torch.double)
-    for drawn in range(min(k, pool)):
-        miss *= ((pool - drawn - right.double()) / (pool - drawn)).clamp(min=0)
-    return (1 - miss).mean().item()
+def chance_recall(right: Tensor, pool: int) -> Tensor:
+    """(P,) Recall@1, @2, ... @P of a random order of the pool of P candidates; right (Q,): how many answer each query.
+
+    The mean over queries of 1 - C(P - g, k) / C(P, k), the chance that the first k hold one of its g answers.
+    """
+    different, times = right.unique(return_counts=True)
+    left = torch.arange(pool, 0, -1, dtype=torch.double)  # candidates before each draw
+    miss = ((left - different[:, None]) / left).clamp(min=0).cumprod(dim=1)
+    return 1 - (times.double() / len(right)) @ miss
 
 
 def bootstrap_interval(
@@ -143,22 +179,31 @@ def bootstrap_interval(
 def retrieval_report(
     images: Tensor, texts: Tensor, caption_ids: Tensor, image_ids: Tensor, ks: Sequence[int] = (1, 5, 10, 50)
 ) -> dict[str, Any]:
-    """All of retrieval for N pairs; those with the same caption or the same picture are right for each other.
+    """All of retrieval for N pairs, as `pair_ranks` takes them.
 
-    images, texts (N, D) unit length; caption_ids, image_ids (N,). Returns {"pool": N, "image_to_text": {"recall@1":
-    {"value", "low", "high" (95 %, by image), "chance"}, ..., "median_rank", "mrr"}, "text_to_image": {...}}; a first
-    place has rank 1.
+    Returns {"pool": N, "image_to_text": {"queries", "pool" (candidates), "recall@1", ..., "mrr", "median_rank"},
+    "text_to_image": {...}}: each measure as {"value", "low", "high" (95 %, by image), "chance"}, the median rank has no
+    interval. A first place has rank 1.
     """
     report: dict[str, Any] = {"pool": len(images)}
-    for way, (queries, candidates) in {"image_to_text": (images, texts), "text_to_image": (texts, images)}.items():
-        rank, right = ranks(queries, candidates, (caption_ids, caption_ids), (image_ids, image_ids))
-        report[way] = {"median_rank": rank.median().item() + 1, "mrr": (1 / (rank + 1.0)).mean().item()}
-        for k in (k for k in ks if k < len(images)):
-            hits = (rank < k).double()
-            low, high = bootstrap_interval(hits, image_ids)
-            chance = chance_recall(right, len(images), k)
-            report[way][f"recall@{k}"] = {"value": hits.mean().item(), "low": low, "high": high, "chance": chance}
+    for way, (rank, right, pool) in pair_ranks(images, texts, caption_ids, image_ids).items():
+        groups = image_ids if way == "text_to_image" else None  # the other way each picture asks once
+        chance = chance_recall(right, pool)
+        at_each_rank = chance.diff(prepend=torch.zeros(1)) / torch.arange(1, pool + 1)
+        report[way] = {"queries": len(rank), "pool": pool} | _recalls(rank, groups, chance, ks)
+        report[way]["mrr"] = _mean(1 / (rank + 1.0), groups, at_each_rank.sum())
+        report[way]["median_rank"] = {"value": float(np.median(rank)) + 1, "chance": int((chance < 0.5).sum()) + 1}
     return report
+
+
+def _recalls(rank: Tensor, groups: Tensor | None, chance: Tensor, ks: Sequence[int]) -> dict[str, Any]:
+    """Recall@k, for each k smaller than the pool."""
+    return {f"recall@{k}": _mean(rank < k, groups, chance[k - 1]) for k in ks if k < len(chance)}
+
+
+def _mean(scores: Tensor, groups: Tensor | None, chance: Tensor) -> dict[str, float]:
+    low, high = bootstrap_interval(scores, groups)
+    return {"value": scores.double().mean().item(), "low": low, "high": high, "chance": chance.item()}
 
 
 def sampled_pool_report(
@@ -180,18 +225,17 @@ def sampled_pool_report(
         raise ValueError(f"a pool of {size} cannot be drawn from {len(images)} pairs")
     rng = np.random.default_rng(seed)
     rows = [torch.from_numpy(rng.permutation(len(images))[:size]) for _ in range(draws)]
+    found = [pair_ranks(images[r], texts[r], caption_ids[r], image_ids[r]) for r in rows]
+    groups = {
+        "image_to_text": torch.cat([image_ids[r].unique() for r in rows]),
+        "text_to_image": image_ids[torch.cat(rows)],
+    }
     report: dict[str, Any] = {"pool": size, "draws": draws}
-    for way, (queries, candidates) in {"image_to_text": (images, texts), "text_to_image": (texts, images)}.items():
-        found = [
-            ranks(queries[r], candidates[r], *[(ids[r], ids[r]) for ids in (caption_ids, image_ids)]) for r in rows
-        ]
-        rank, right = (torch.cat(parts) for parts in zip(*found, strict=True))
-        report[way] = {}
-        for k in (k for k in ks if k < size):
-            hits = (rank < k).double()
-            low, high = bootstrap_interval(hits, image_ids[torch.cat(rows)])
-            chance = chance_recall(right, size, k)
-            report[way][f"recall@{k}"] = {"value": hits.mean().item(), "low": low, "high": high, "chance": chance}
+    for way, group in groups.items():
+        drawn = [both[way] for both in found]
+        smallest = min(of_draw.pool for of_draw in drawn)  # they differ where pictures repeat
+        chance = torch.stack([chance_recall(of_draw.right, of_draw.pool)[:smallest] for of_draw in drawn]).mean(dim=0)
+        report[way] = _recalls(torch.cat([of_draw.rank for of_draw in drawn]), group, chance, ks)
     return report
 
 
@@ -223,8 +267,5 @@ def label_precision(
             parts.append(((above & same).sum(dim=1) + places.clamp(min=0)) / k)
     report: dict[str, Any] = {"n": len(numbers)}
     for k, parts in shares.items():
-        values = torch.cat(parts)
-        low, high = bootstrap_interval(values, image_ids[known])
-        row = {"value": values.double().mean().item(), "low": low, "high": high, "chance": share.mean().item()}
-        report[f"precision@{k}"] = row
+        report[f"precision@{k}"] = _mean(torch.cat(parts), image_ids[known], share.mean())
     return report

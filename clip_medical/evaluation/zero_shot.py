@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_medical.evaluation.retrieval import bootstrap_interval
+from clip_medical.evaluation.retrieval import Keys, bootstrap_interval, ranks
 from clip_medical.model import Clip
 
 PROMPTS: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
@@ -42,7 +42,8 @@ def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -
 
     images (N, D) unit length; labels: facet -> N class names, "" where unknown. The classes are those that occur.
     Returns facet -> {"accuracy", "low", "high" (95 % bootstrap), "balanced_accuracy" (mean over classes), "n",
-    "classes", "chance" (1 / number of classes)}; a facet of fewer than two classes is left out.
+    "classes", "chance" (1 / number of classes)}; a facet of fewer than two classes is left out. A class that ties with
+    the right one was named instead of it. Raises ValueError on features that are not finite.
     """
     report: dict[str, Any] = {}
     for facet, names in labels.items():
@@ -51,7 +52,8 @@ def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -
             continue
         known = torch.tensor([name != "" for name in names])
         truth = torch.tensor([classes.index(name) for name in names if name])
-        hits = ((images[known] @ class_features(clip, facet, classes).T).argmax(dim=1) == truth).double()
+        own = (Keys.of(truth), Keys.of(torch.arange(len(classes))))
+        hits = (ranks(images[known], class_features(clip, facet, classes), *own).rank == 0).double()
         low, high = bootstrap_interval(hits)
         per_class = [hits[truth == c].mean().item() for c in range(len(classes))]
         report[facet] = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clip_medical.data.batches import Pairs
-from clip_medical.evaluation.retrieval import ranks
+from clip_medical.evaluation.retrieval import pair_ranks
 from clip_medical.model import Clip
 
 
@@ -35,6 +35,5 @@ def validation_recall(clip: Clip, pairs: Pairs, batch_size: int = 64) -> float:
     images = torch.cat([clip.image_features(pairs.pixels[r]).cpu() for r in rows])
     texts = torch.cat([clip.text_features(pairs.tokens[r], pairs.lengths[r]).cpu() for r in rows])
     clip.model.train(mode)
-    ids = [(pairs.caption_ids, pairs.caption_ids), (pairs.image_ids, pairs.image_ids)]
-    both = torch.cat([ranks(images, texts, *ids).rank, ranks(texts, images, *ids).rank])
-    return sum((both < k).double().mean().item() for k in (1, 5, 10)) / 3
+    both = pair_ranks(images, texts, pairs.caption_ids, pairs.image_ids).values()
+    return sum((way.rank < k).double().mean().item() for way in both for k in (1, 5, 10)) / 6

@@ -1,6 +1,8 @@
 """Recall@K: worked by hand, against brute force, and against the ways in which it can flatter."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from clip_medical import recall_at_k
 from clip_medical.evaluation import retrieval
 from clip_medical.evaluation.retrieval import (
+    Keys,
     bootstrap_interval,
     chance_recall,
     label_precision,
+    pair_ranks,
     ranks,
     retrieval_report,
     sampled_pool_report,
@@ -70,10 +74,9 @@ def test_ranks_equal_brute_force(seed: int, images: int, texts: int, levels: int
     if len(query_ids) == 0:
         return
     similarity = np.round(rng.random((len(query_ids), texts)) * levels) / levels
-    got, right = ranks(
-        torch.tensor(similarity), torch.eye(texts), (torch.tensor(query_ids), torch.tensor(candidate_ids))
-    )
-    assert right.tolist() == [(candidate_ids == q).sum() for q in query_ids]
+    keys = (Keys.of(torch.tensor(ids)) for ids in (query_ids, candidate_ids))
+    got, right, pool = ranks(torch.tensor(similarity), torch.eye(texts), *keys)
+    assert pool == texts and right.tolist() == [(candidate_ids == q).sum() for q in query_ids]
     assert got.tolist() == brute_force(similarity.astype(np.float32), query_ids.tolist(), candidate_ids.tolist())
 
 
@@ -107,12 +110,15 @@ def test_blocks_and_row_order_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     images = F.normalize(torch.randn(45, 8, generator=generator), dim=-1)
     texts = F.normalize(images + torch.randn(45, 8, generator=generator), dim=-1)
     ids = torch.arange(45) // 2
-    whole = ranks(images, texts, (ids, ids)).rank
+    keys = Keys.of(ids)
+    whole = ranks(images, texts, keys, keys).rank
     order = torch.randperm(45, generator=generator)
-    assert ranks(images[order], texts[order], (ids[order], ids[order])).rank.tolist() == whole[order].tolist()
+    moved = Keys.of(ids[order])
+    assert ranks(images[order], texts[order], moved, moved).rank.tolist() == whole[order].tolist()
+    assert ranks(images, texts, Keys(*(part[order] for part in keys)), keys).rank.tolist() == whole.tolist()
     for block in (1, 7 * 45, 8 * 45 + 1):
         monkeypatch.setattr(retrieval, "BLOCK", block)
-        assert ranks(images, texts, (ids, ids)).rank.tolist() == whole.tolist()
+        assert ranks(images, texts, keys, keys).rank.tolist() == whole.tolist()
 
 
 def test_same_caption_counts_as_right() -> None:
@@ -121,7 +127,7 @@ def test_same_caption_counts_as_right() -> None:
     images = torch.eye(4)[[0, 0, 0, 1]]
     report = retrieval_report(images, texts, torch.tensor([0, 0, 0, 1]), torch.arange(4), ks=(1,))
     assert report["pool"] == 4
-    assert report["image_to_text"]["recall@1"]["value"] == 1 and report["image_to_text"]["mrr"] == 1
+    assert report["image_to_text"]["recall@1"]["value"] == 1 and report["image_to_text"]["mrr"]["value"] == 1
     assert recall_at_k(images, texts, ks=(1,))["image_to_text"][1] == 0.25  # told apart, the ties count against
 
 
@@ -129,7 +135,10 @@ def test_median_rank_and_mrr_by_hand() -> None:
     """Catches ranks counted from 0 in a report that says rank."""
     texts = torch.tensor([[1.0, 0, 0], [0.9, 0.5, 0], [0.3, 0.2, 0.1]])  # image i is axis i: text ranks 1, 2, 3
     report = retrieval_report(torch.eye(3), texts, torch.arange(3), torch.arange(3), ks=(1,))["text_to_image"]
-    assert report["median_rank"] == 2 and report["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert report["median_rank"]["value"] == 2 and report["mrr"]["value"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert report["median_rank"]["chance"] == 2 and report["mrr"]["chance"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    two = retrieval_report(torch.eye(2), torch.tensor([[1.0, 0], [1, 0]]), torch.arange(2), torch.arange(2), ks=())
+    assert two["text_to_image"]["median_rank"]["value"] == 1.5  # ranks 1 and 2: the lower of the two would flatter
 
 
 def test_a_query_without_answer_is_refused() -> None:
@@ -147,9 +156,8 @@ def test_chance_level_is_the_recall_of_random_orders() -> None:
         order = ids[torch.from_numpy(rng.permutation(len(ids)))][:3]
         hits.append((ids[:, None] == order[None, :]).any(dim=1).double().mean().item())
     right = (ids[:, None] == ids[None, :]).sum(dim=1)
-    assert chance_recall(right, len(ids), 3) == pytest.approx(np.mean(hits), abs=0.005)
-    assert chance_recall(torch.ones(100), 100, 5) == pytest.approx(0.05)
-    assert chance_recall(torch.ones(4), 4, 10) == 1
+    assert chance_recall(right, len(ids))[2] == pytest.approx(np.mean(hits), abs=0.005)
+    assert chance_recall(torch.ones(100), 100)[[0, 4, 99]].tolist() == pytest.approx([0.01, 0.05, 1])
 
 
 def test_interval_is_the_binomial_one_for_large_samples() -> None:
@@ -182,17 +190,42 @@ def test_the_same_picture_twice_is_right_under_both_captions() -> None:
     assert report["image_to_text"]["recall@1"]["value"] == 1
 
 
-def test_a_candidate_right_by_caption_and_by_picture_is_one_candidate() -> None:
-    """Catches right answers counted twice, which would lift a rank above what the wrong answers leave of it."""
+def test_pictures_with_several_captions_are_in_the_pool_once() -> None:
+    """Catches a wrong picture counted once for each of its captions, and right answers counted twice.
+
+    Against a table of all pairs, with few captions and few pictures, so that both repeat and cross.
+    """
     generator = torch.Generator().manual_seed(3)
-    captions, pictures = (torch.randint(0, 6, (40,), generator=generator) for _ in range(2))
-    features = torch.randn(2, 40, 4, generator=generator)
-    got = ranks(*features, (captions, captions), (pictures, pictures))
-    right = (captions[:, None] == captions) | (pictures[:, None] == pictures)
-    similarity = features[0] @ features[1].T
-    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    assert got.right.tolist() == right.sum(dim=1).tolist()
-    assert got.rank.tolist() == ((similarity >= best) & ~right).sum(dim=1).tolist()
+    captions, pictures = (torch.randint(0, 12, (40,), generator=generator) for _ in range(2))
+    seen, said = torch.randn(12, 4, generator=generator), torch.randn(12, 4, generator=generator)
+    got = pair_ranks(seen[pictures], said[captions], captions, pictures)
+    there = pictures.unique()
+    right = ((pictures == there[:, None]).float() @ (captions[:, None] == captions).float()) > 0  # (I, N)
+    similarity = seen[there] @ said[captions].T
+    for way, table, answers in (("image_to_text", similarity, right), ("text_to_image", similarity.T, right.T)):
+        best = table.masked_fill(~answers, -torch.inf).amax(dim=1, keepdim=True)
+        assert got[way].right.tolist() == answers.sum(dim=1).tolist()
+        assert got[way].rank.tolist() == ((table >= best) & ~answers).sum(dim=1).tolist()
+        assert got[way].pool == answers.shape[1]
+
+
+def test_five_captions_a_picture_are_the_game_of_published_tables() -> None:
+    """Catches Recall@5 of 20 pictures with 5 captions each played among 100, and an image that asks five times."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (
+        F.normalize(torch.randn(20, 8, generator=generator), dim=-1),
+        torch.randn(100, 8, generator=generator),
+    )
+    of = torch.arange(20).repeat_interleave(5)
+    texts = F.normalize(images[of] + texts, dim=-1)
+    report = retrieval_report(images[of], texts, torch.arange(100), of)
+    for way, recall in recall_at_k(images, texts, of).items():
+        assert {k: report[way][f"recall@{k}"]["value"] for k in recall} == pytest.approx(recall)
+    assert (report["image_to_text"]["queries"], report["image_to_text"]["pool"]) == (20, 100)
+    assert (report["text_to_image"]["queries"], report["text_to_image"]["pool"]) == (100, 20)
+    assert report["text_to_image"]["recall@5"]["chance"] == pytest.approx(5 / 20)
+    draws = sampled_pool_report(images[of], texts, torch.arange(100), of, ks=(5,), size=50)["text_to_image"]["recall@5"]
+    assert report["text_to_image"]["recall@5"]["value"] <= draws["value"] and draws["chance"] > 5 / 20
 
 
 def test_the_interval_is_that_of_scipy() -> None:
@@ -251,3 +284,16 @@ def test_collapsed_features_have_no_label_precision() -> None:
     assert report["precision@1"]["value"] == 0 and report["precision@10"]["value"] == 0
     with pytest.raises(ValueError, match="NaN"):
         label_precision(one_point * math.nan, one_point, ["CT"] * 40, torch.arange(40))
+
+
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a benchmark that no longer fits the code it measures, and numbers without their command and machine."""
+    from experiments import benchmark_retrieval as benchmark
+
+    monkeypatch.setattr(benchmark, "RESULT", tmp_path / "results" / "benchmark.json")
+    monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr("sys.argv", ["benchmark", "--pairs", "30", "--large", "40", "--pictures", "50"])
+    assert benchmark.main() == 0
+    found = json.loads((tmp_path / "results" / "benchmark.json").read_text())
+    assert found["command"].endswith("--pictures 50") and found["environment"]["torch"] and found["seed"] == 0
+    assert (found["whole"]["pairs"], found["large"]["pairs"], found["search"]["pictures"]) == (30, 40, 50)

@@ -31,6 +31,8 @@ def test_top_5_by_hand() -> None:
 def test_scores_that_say_nothing_are_never_among_the_first() -> None:
     """Catches topk on ties, which would find whatever stands at the front of the list."""
     assert ranks_in_list(torch.zeros(3, 30), torch.tensor([0, 4, 29])).tolist() == [29, 29, 29]
+    with pytest.raises(ValueError, match="NaN"):  # it would be the first of all: nothing is as high as NaN
+        ranks_in_list(torch.full((3, 30), torch.nan), torch.tensor([0, 4, 29]))
 
 
 def test_chance_is_what_random_scores_reach() -> None:
