@@ -151,14 +151,15 @@ BODIES: dict[str, list[Ellipsoid]] = {
     + _pair("gland", "fat", (0.48, -0.02, 0), (0.27, 0.40, 0.34))
     + [Ellipsoid("lung", "muscle", (0, 1.05, 0), (1.0, 0.35, 1.2))],
 }
-# anatomy -> where a lesion lies (on the left; mirrored on the right), the tissue there, and how large it may be
+# anatomy -> where a lesion lies (on the left; mirrored on the right), the tissue there, and how large it may be. Slices
+# are taken through it, so it lies where a slice in any direction also shows what the anatomy is known by.
 HOSTS: dict[str, tuple[Vector, str, float]] = {
     "chest": ((0.42, 0.05, -0.10), "lung", 1.0),
     "head": ((0.33, 0.10, -0.10), "white matter", 1.0),
-    "abdomen": ((0.36, 0.05, -0.12), "organ", 1.0),
-    "pelvis": ((0.34, -0.10, 0.02), "muscle", 1.0),
-    "lumbar spine": ((0.42, -0.10, 0.00), "muscle", 0.9),
-    "knee": ((0.24, 0.00, -0.05), "marrow", 0.8),
+    "abdomen": ((0.36, 0.05, 0.00), "organ", 1.0),  # at the height of liver and kidneys
+    "pelvis": ((0.52, 0.02, 0.26), "marrow", 0.8),  # a femoral head, with the ilium above and the bladder between
+    "lumbar spine": ((0.19, -0.05, 0.20), "marrow", 0.8),  # a vertebral body
+    "knee": ((0.22, 0.00, -0.18), "marrow", 0.8),  # a femoral condyle
     "hand": ((0.24, 0.00, 0.32), "muscle", 0.7),
     "breast": ((0.48, -0.05, 0.00), "gland", 0.9),
 }
@@ -195,7 +196,8 @@ def describe(seed: int, split: str, index: int) -> tuple[str, dict[str, str]]:
     pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
     modality, anatomy, finding = pick(list(MODALITIES)), pick(list(BODIES)), pick(list(FINDINGS))
     about = MODALITIES[modality]
-    view, technique = pick(about.views), pick(about.techniques)
+    view = pick(about.views)
+    technique = pick([t for t in about.techniques if t != "lung window" or anatomy == "chest"])  # else all is white
     place, size = pick(("left", "right") if view == about.views[0] else ("upper", "lower")), pick(("small", "large"))
     words = pick(FINDINGS[finding])
     if finding == "no abnormality":
