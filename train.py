@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from clip_medical import command_line
-from clip_medical.config import PRESETS, Config
+from clip_medical.config import Config, choose
 from clip_medical.data.batches import epochs, prepare, row_batches
 from clip_medical.data.sources import Data, load_data
 from clip_medical.errors import UserError
@@ -33,7 +33,7 @@ from clip_medical.training.job import Job
 from clip_medical.training.learner import Learner
 from clip_medical.training.memory import GIB, make_plan, out_of_memory_in_words, peak_memory
 from clip_medical.training.precision import choose_device, choose_precision
-from clip_medical.training.progress import METRICS, Progress, StopRequest, timed
+from clip_medical.training.progress import METRICS, Progress, StopRequest, timed, waiting_share
 from lora import adapter_parameters, count_parameters, disabled, inject
 
 
@@ -98,8 +98,9 @@ def learn(job: Job, preset: str) -> None:
     config, folder = job.config, job.folder
     with out_of_memory_in_words(job):
         if not (config.resume and job.resume()):
-            job.plan = make_plan(job.clip, job.pairs, config, distributed.divide(config.batch_size))
-            flight_check(job.clip, job.pairs, config, job.plan, job.steps)
+            first = job.pairs.in_epoch(config, 0)
+            job.plan = make_plan(job.clip, first, config, distributed.divide(config.batch_size))
+            flight_check(job.clip, first, config, job.plan, job.steps)
             if distributed.rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "config.json", json.dumps(asdict(config) | {"preset": preset}, indent=2) + "\n")
@@ -112,7 +113,7 @@ def loop(job: Job) -> None:
     clip, config, learner = job.clip, job.config, job.learner
     pairs, clock = timed(job.pairs)
     all_rows = torch.arange(len(pairs))
-    batches = epochs(pairs, all_rows, config.batch_size, config.seed, job.done, job.steps, config.fragments)
+    batches = epochs(pairs, all_rows, config, job.done)
     if config.overfit_batch:
         batches = repeat((pairs, next(row_batches(len(pairs), config.batch_size, config.seed))))
     clip.model.train()
@@ -121,10 +122,13 @@ def loop(job: Job) -> None:
         while job.done < job.steps and not stopped:
             began, clock.seconds = time.perf_counter(), 0.0
             read, rows = next(batches)
+            clock.seconds = time.perf_counter() - began
             loss = contrastive_backward(clip, read, rows, job.plan.chunk_size, learner.scaler.scale)
             if not loss.isfinite():
-                job.refuse(rows, loss)
+                job.refuse(rows, "loss", loss.item())
             lr, norm = learner.lr, learner.step(config.clip_norm)
+            if not (math.isfinite(norm) or learner.scaler.is_enabled()):
+                job.refuse(rows, "gradient", norm)
             job.done, seconds = job.done + 1, time.perf_counter() - began
             record = {
                 "step": job.done, "loss": loss.item(), "lr": lr, "temperature": (-clip.model.logit_scale).exp().item(),
@@ -165,9 +169,11 @@ def report(job: Job, data: Data, facts: dict[str, Any]) -> None:
         before = evaluate(clip, job.held_out, held_out)
     after = evaluate(clip, job.held_out, held_out)
     print(f"\n{as_text(table(before.results, after.results))}")
-    losses = [json.loads(line)["loss"] for line in (folder / METRICS).read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    losses = [record["loss"] for record in records]
     facts["training"] = {"steps": job.steps, "batch size": config.batch_size, "learning rate": config.lr,
-                         "first loss": losses[0], "last loss": sum(losses[-20:]) / len(losses[-20:])}  # fmt: skip
+                         "first loss": losses[0], "last loss": sum(losses[-20:]) / len(losses[-20:]),
+                         "time spent waiting for data": f"{waiting_share(records):.1%}"}  # fmt: skip
     facts["training"] |= job.in_words()
     write_report(folder, facts, before, after, held_out, losses)
 
@@ -179,6 +185,7 @@ def report(job: Job, data: Data, facts: dict[str, Any]) -> None:
     if not off < 1e-4:
         raise RuntimeError(f"the adapter read back from {folder} gives features that differ by {off}")
     print(f"\nLoss     {losses[0]:.2f} at first, {facts['training']['last loss']:.2f} in the mean of the last 20 steps")
+    print(f"Time     {facts['training']['time spent waiting for data']} of it spent waiting for data")
     if job.best.step:
         print(f"Adapter  of step {job.best.step}, {job.in_words()['adapter']}")
     print(f"Saved    {folder}: report.md, figures/, adapter/ (as PEFT has it; read back, features differ by {off:.0e})")
@@ -186,10 +193,8 @@ def report(job: Job, data: Data, facts: dict[str, Any]) -> None:
 
 def parse(arguments: list[str]) -> tuple[str, Config]:
     """Preset and configuration from the command line: tyro makes the flags from the fields of Config."""
-    preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
-    if preset not in PRESETS:
-        raise UserError(f"there is no preset {preset!r}: the first word may be one of {', '.join(PRESETS)}.")
-    return preset, command_line.parse(Config, arguments, f"python train.py {preset}", PRESETS[preset])
+    preset, base, flags = choose(arguments)
+    return preset, command_line.parse(Config, flags, f"python train.py {preset}", base)
 
 
 def start() -> int:

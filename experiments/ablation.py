@@ -32,7 +32,7 @@ from clip_medical.data.shapes import scene
 from clip_medical.data.sources import Data, Split
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_text, encode, percent
-from clip_medical.evaluation.retrieval import bootstrap_interval, ranks
+from clip_medical.evaluation.retrieval import bootstrap_interval, pair_ranks
 from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip, load_clip
 from clip_medical.runs import read_json
@@ -59,11 +59,11 @@ class Ablation(common.Common):
 # ---- the measurements
 
 
-def both_ways(clip: Clip, pairs: Pairs, k: int) -> Tensor:
+def both_ways(images: Tensor, texts: Tensor, pairs: Pairs, k: int) -> Tensor:
     """(N,) 0, 1 or 2: of a pair, whether its caption finds its picture, and its picture its caption, in the first k."""
-    images, texts = encode(clip, pairs)
-    ids = [(i, i) for i in (pairs.caption_ids, pairs.image_ids)]
-    return (ranks(images, texts, *ids).rank < k).long() + (ranks(texts, images, *ids).rank < k)
+    both = pair_ranks(images, texts, pairs.caption_ids, pairs.image_ids)
+    picture = pairs.image_ids.unique(return_inverse=True)[1]
+    return (both["image_to_text"].rank[picture] < k).long() + (both["text_to_image"].rank < k)
 
 
 def share(hits: Tensor, groups: Tensor) -> dict[str, float]:
@@ -73,13 +73,15 @@ def share(hits: Tensor, groups: Tensor) -> dict[str, float]:
 
 def measure(bench: Bench, clip: Clip) -> dict[str, Any]:
     """One row: Recall@10 of the held-out pairs, mean zero-shot accuracy, Recall@1 of the shapes; both ways."""
-    hits = both_ways(clip, bench.held_out, K)
-    zero_shot = zero_shot_report(clip, encode(clip, bench.held_out)[0], bench.labels)
+    images, texts = encode(clip, bench.held_out)
+    hits = both_ways(images, texts, bench.held_out, K)
+    zero_shot = zero_shot_report(clip, images, bench.labels)
+    shapes_kept = both_ways(*encode(clip, bench.shapes), bench.shapes, SHAPES_K)
     facets = {facet: row["accuracy"] for facet, row in zero_shot.items()}
     return {
         "recall": share(hits, bench.held_out.image_ids),
         "zero_shot": {"facets": facets, "mean": sum(facets.values()) / len(facets) if facets else None},
-        "shapes": share(both_ways(clip, bench.shapes, SHAPES_K), bench.shapes.image_ids),
+        "shapes": share(shapes_kept, bench.shapes.image_ids),
         "hits": "".join(map(str, hits.tolist())),  # a digit a pair, 0 to 2: rows are compared pair by pair
     }
 
@@ -200,6 +202,7 @@ def run(options: Ablation) -> int:
     setup = common.load_models("ablation", options)
     bench = make_bench(setup, config, common.load_evidence(setup, options))
     settings = {"steps": bench.steps, "batch size": config.batch_size, "fragments": config.fragments,
+                "augment": config.augment,
                 "rank": config.rank, "alpha": config.alpha, "lr": config.lr,
                 "training pairs": len(bench.train), "held-out pairs": len(bench.held_out),
                 "data": setup.facts["data"]["fingerprint"], "model": setup.facts["model"]["fingerprint"],

@@ -89,7 +89,7 @@ def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor, steps: int) -> 
     config = replace(bench.config, lr=lr, lora_plus=1.0)  # one rate for all: not every variant has an A and a B
     learner = Learner(variant.make(clip), clip.model.logit_scale, config, steps, scaled=False)
     clip.model.train()
-    batches = islice(epochs(bench.train, rows, config.batch_size, config.seed, 0, steps, config.fragments), steps)
+    batches = islice(epochs(bench.train, rows, config, 0), steps)
     for read, batch in tqdm(batches, total=steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
         loss = contrastive_backward(clip, read, batch, config.batch_size)
         if not loss.isfinite():

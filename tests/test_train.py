@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from safetensors.torch import load_file
 
 import train
 from clip_medical import load_clip, load_run
-from clip_medical.config import Config
+from clip_medical.config import PRESETS, Config
 from clip_medical.errors import UserError
+from lora import adapter_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--limit", "40", "--batch-size", "16", "--seed", "1"]
+SMALL = ["--no-train-logit-scale", "--limit", "40", "--batch-size", "16", "--seed", "1"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -63,6 +65,7 @@ def test_a_run_leaves_what_its_contract_says(finished: Path) -> None:
         assert row["low"] <= row["value"] <= row["high"] and 0 < row["chance"] < 1
         assert set(report[model]["zero_shot"]) == {"modality", "anatomy", "finding", "view"}
     assert report["unadapted"]["retrieval"]["pool"] == 40
+    assert float(report["training"]["time spent waiting for data"].rstrip("%")) < 100
     assert json.loads((finished / "config.json").read_text())["batch_size"] == 16
 
 
@@ -88,11 +91,12 @@ def test_the_same_seed_trains_the_same_weights(finished: Path, tmp_path: Path, m
     )
 
 
-@pytest.mark.parametrize("extra", [[], ["--dropout", "0.2", "--train-logit-scale"]])
+@pytest.mark.parametrize("extra", [[], ["--dropout", "0.2", "--train-logit-scale", "--augment"]])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], extra: list[str]
 ) -> None:
-    """Catches a resume that forgets the optimizer, the schedule, the place in the data or the state of dropout."""
+    """Catches a resume that forgets the optimizer, the schedule, the place in the data, the state of dropout or how
+    the pictures of an epoch are augmented."""
     flags = [*SMALL, "--steps", "5", *extra]
     assert run(monkeypatch, *flags, "--output", tmp_path / "whole") == 0
 
@@ -139,6 +143,34 @@ def test_ctrl_c_ends_the_process_with_its_work_saved(tmp_path: Path) -> None:
     load_run(tmp_path / "run")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_wish_and_the_second_a_command(number: signal.Signals) -> None:
+    """Catches SIGTERM, which queues and cloud machines send before they take the machine away, left to kill the run."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(number, signal.SIG_IGN)  # what is left out below shall fail here and not kill the tests
+    try:
+        stop = train.StopRequest()
+        assert not stop.asked
+        signal.raise_signal(number)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_a_full_disk_while_the_steps_are_written_is_one_sentence(tmp_path: Path) -> None:
+    """Catches a traceback from metrics.jsonl, which grows at each step and so meets a full disk before all others."""
+    from clip_medical.training.progress import Progress
+
+    record = {"step": 1, "loss": 2.5, "lr": 1e-3, "pairs_per_second": 9.0, "waiting": 0.1, "peak_gib": 1.0}
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written.*--resume"):
+        with Progress(tmp_path, 0, 2, tensorboard=False) as progress:
+            progress.log = open("/dev/full", "w")  # a device that is always full
+            progress.step(record)
+
+
 def test_the_flight_check_stops_a_run_that_cannot_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the silent failure of lost gradients: here the features are cut off from the graph on purpose."""
     from clip_medical.model import Clip
@@ -178,18 +210,22 @@ def test_one_batch_is_learned_by_heart_and_the_best_adapter_is_kept(
     assert np.mean(ways) == pytest.approx(recalls[best])
 
 
-def test_a_loss_that_is_not_finite_names_its_rows(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_names_its_rows(what: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """Catches NaN weights in the checkpoint, and a user who is left to guess which picture did it."""
     taken: list[torch.Tensor] = []
     original = train.contrastive_backward
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         taken.append(arguments[2])
-        return original(*arguments) * (float("nan") if len(taken) == 3 else 1)
+        loss = original(*arguments)
+        if len(taken) == 3 and what == "gradient":
+            adapter_parameters(arguments[0].model)[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
+        return loss * (float("nan") if len(taken) == 3 and what == "loss" else 1)
 
     monkeypatch.setattr(train, "contrastive_backward", poisoned)
     assert run(monkeypatch, *SMALL, "--steps", "9", "--output", tmp_path / "run") == 2
-    assert "step 3 is nan" in capsys.readouterr().err
+    assert f"the {what} of step 3 is nan, in a batch of 16 pairs" in capsys.readouterr().err
     named = json.loads((tmp_path / "run" / "non_finite_batch.json").read_text())
     assert named["rows"] == taken[2].tolist() and len(named["names"]) == 16
     state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
@@ -256,6 +292,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "resume of nothing": (["--resume", "--output", "{tmp}/nothing"], "no run to resume"),
     "chunk of no pairs": (["--chunk-size", "0"], "--chunk-size"),
     "LoRA+ ratio of zero": (["--lora-plus", "0"], "--lora-plus"),
+    "validation every 0 steps": (["--validate-every", "0"], "--validate-every"),
 }
 
 
@@ -323,11 +360,16 @@ def test_help_names_each_flag_with_its_default(capsys: pytest.CaptureFixture[str
     for field in Config.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in said
     assert "eltorio/ROCOv2-radiology" in said and "256" in said
+    words = " ".join(said.replace("│", " ").split())
+    assert "Plain gradient accumulation is not offered: the pairs of one part would not be negatives" in words
 
 
 def test_presets_can_be_overridden() -> None:
-    """Catches flags of a preset that silently keep their default."""
-    assert train.parse([]) == ("demo", Config())
+    """Catches flags of a preset that silently keep their default, and a user's own pictures trained as phantoms are."""
+    assert train.parse([]) == ("demo", PRESETS["demo"])
+    for own in (["--data", "x.csv"], ["--data=x.csv"]):
+        assert train.parse(own) == ("demo", replace(Config(), data="x.csv"))
+    assert train.parse(["demo", "--data", "x.csv"])[1] == replace(PRESETS["demo"], data="x.csv")
     preset, config = train.parse(["roco", "--rank", "4", "--targets", "q_proj", "k_proj", "--data", "x.csv"])
     assert (preset, config.rank, config.targets, config.data) == ("roco", 4, ("q_proj", "k_proj"), "x.csv")
     assert config.model == "openai/clip-vit-base-patch32"

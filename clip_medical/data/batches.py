@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clip_medical.config import Config
+from clip_medical.data.augment import augment, draw_views
 from clip_medical.data.cache import Cache, open_cache
 from clip_medical.data.fragments import fragments
 from clip_medical.data.splits import Split
@@ -62,7 +64,10 @@ class Pairs:
     image_ids: Tensor  # (N,) the same number where the picture is the same
     split: Split = NO_ROWS  # the N rows that the pairs were made from
     summary: str = ""  # for a report: how many, how many of them more than once, cut, unreadable
-    text_ids: Tensor | None = None  # (N,) the same number where the words read in this epoch are the same
+    text_ids: Tensor | None = None  # (N,) of fragments: the same number where the words are the same
+    weight: float = 1.0  # of the loss over these captions
+    fragments: "Pairs | None" = None  # the same pairs, each caption cut to a few words: for a second loss
+    views: Tensor | None = None  # (N, 4) how each picture is augmented in this epoch
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -72,12 +77,20 @@ class Pairs:
         """Rows that agree in any of these are right for each other."""
         return [ids for ids in (self.caption_ids, self.image_ids, self.text_ids) if ids is not None]
 
-    def in_epoch(self, share: float, seed: int, epoch: int) -> "Pairs":
-        """The pairs as an epoch reads them: `share` of the captions cut to fragments."""
-        if share <= 0:
-            return self
-        tokens, lengths = fragments(self.tokens, self.lengths, share, seed, epoch)
-        return replace(self, tokens=tokens, lengths=lengths, text_ids=tokens.unique(dim=0, return_inverse=True)[1])
+    def pictures(self, rows: Tensor, device: torch.device) -> Tensor:
+        """(n,) row numbers -> (n, 3, S, S) uint8 on the device, as this epoch sees them."""
+        pixels = self.pixels[rows].to(device)
+        return pixels if self.views is None else augment(pixels, self.views[rows])
+
+    def in_epoch(self, config: Config, epoch: int) -> "Pairs":
+        """The pairs as an epoch reads them: with fragments of the captions and augmented pictures, where asked for."""
+        cut = None
+        if config.fragments > 0:
+            tokens, lengths = fragments(self.tokens, self.lengths, config.seed, epoch)
+            ids = tokens.unique(dim=0, return_inverse=True)[1]
+            cut = replace(self, tokens=tokens, lengths=lengths, text_ids=ids, weight=config.fragments)
+        views = draw_views(len(self), config.seed, epoch) if config.augment else None
+        return replace(self, fragments=cut, views=views)
 
 
 def prepare(split: Split, clip: Clip, name: str) -> Pairs:
@@ -148,19 +161,11 @@ def row_batches(count: int, batch_size: int, seed: int, start: int = 0) -> Itera
         yield from order[: batches_per_epoch * batch_size].split(batch_size)[first:]
 
 
-def epochs(
-    pairs: Pairs, rows: Tensor, batch_size: int, seed: int, start: int, steps: int, share: float
-) -> Iterator[tuple[Pairs, Tensor]]:
-    """The batches of `rows` from number `start` on, each with the pairs as its epoch reads them.
-
-    share: of the captions that the first epoch reads as fragments; it falls to 0 in equal steps, so that the last epoch
-    reads whole captions: first words, then sentences.
-    """
-    per_epoch = len(rows) // batch_size
-    last = max(1, (steps - 1) // per_epoch)
+def epochs(pairs: Pairs, rows: Tensor, config: Config, start: int) -> Iterator[tuple[Pairs, Tensor]]:
+    """The batches of `rows` from number `start` on, without end, each with the pairs as its epoch reads them."""
+    per_epoch = len(rows) // config.batch_size
     read = pairs
-    for step, batch in enumerate(row_batches(len(rows), batch_size, seed, start), start):
-        epoch = step // per_epoch
+    for step, batch in enumerate(row_batches(len(rows), config.batch_size, config.seed, start), start):
         if step == start or step % per_epoch == 0:
-            read = pairs.in_epoch(share * (1 - epoch / last), seed, epoch)
+            read = pairs.in_epoch(config, step // per_epoch)
         yield read, rows[batch]

@@ -12,18 +12,16 @@ from torch import Tensor
 LONGEST = 10  # tokens of a fragment
 
 
-def fragments(tokens: Tensor, lengths: Tensor, share: float, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Token ids (N, L) and lengths (N,) as an epoch reads them: about `share` of the captions cut, the others whole.
+def fragments(tokens: Tensor, lengths: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """Of captions, token ids (N, L) and their lengths (N,), a fragment each, as an epoch reads it.
 
     A fragment is 1 to LONGEST tokens in a row between the start and the end token of its caption. It is decided by
     (seed, epoch) alone, so that a resumed run reads what the undisturbed one would have read.
     """
-    random = torch.from_numpy(np.random.default_rng((seed, epoch, 1)).random((3, len(tokens))))
+    random = torch.from_numpy(np.random.default_rng((seed, epoch, 1)).random((2, len(tokens))))
     inner = lengths - 2
-    cut = (random[0] < share) & (inner > 0)
-    first = torch.where(cut, (random[1] * inner).long(), 0)
-    longest = 1 + (random[2] * LONGEST).long()
-    count = torch.where(cut, torch.minimum(longest, inner - first), inner)[:, None]
+    first = (random[0] * inner).long()
+    count = torch.minimum(1 + (random[1] * LONGEST).long(), inner - first)[:, None]
     column = torch.arange(tokens.shape[1])
     source = torch.where(column == 0, 0, (column + first[:, None]).clamp(max=tokens.shape[1] - 1))
     end = tokens.gather(1, lengths[:, None] - 1)

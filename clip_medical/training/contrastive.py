@@ -9,12 +9,14 @@ arXiv 2101.06983) give the large batch its exact gradient in two passes:
     3. encode chunk after chunk again, now with a graph, and send each chunk's dL/d(feature) back through it
 
 The second encoding must repeat the first to the bit, dropout masks included, so the random state of each chunk is kept
-and put back. The price is one more forward pass; what it buys is that memory no longer depends on the batch. Where one
-chunk is all, its graph is kept and step 3 needs no encoding: that is the plain step. Several processes differ in step 2
-alone, where each gathers the features of all, takes the loss of its own rows, and adds up the gradients.
+and put back; augmentation is drawn by row and epoch and repeats by itself. The price is one more forward pass; what it
+buys is that memory no longer depends on the batch. Where one chunk is all, its graph is kept and step 3 needs no
+encoding: that is the plain step. Several processes differ in step 2 alone, where each gathers the features of all,
+takes the loss of its own rows, and adds up the gradients.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,8 +36,10 @@ def contrastive_backward(
 ) -> Tensor:
     """Add the gradient of the InfoNCE of the pairs `rows` (N,) to the parameters; returns the loss, detached.
 
-    Pairs with the same caption or the same picture are right for each other. chunk_size: pairs encoded at a time; N or
-    more is the plain step. scale: multiplies the loss before the backward pass (GradScaler.scale under fp16).
+    Pairs with the same caption or the same picture are right for each other. Where the pairs come with fragments of
+    their captions, the gradient is that of the sum of two losses, over captions and, weighted, over fragments, for one
+    encoding of the pictures; the loss returned is that of the captions. chunk_size: pairs encoded at a time; N or more
+    is the plain step. scale: multiplies the loss before the backward pass (GradScaler.scale under fp16).
 
     On several processes all call it with the same rows, a multiple of their number, and with gradients empty: each
     encodes its share, and all end with the gradient and the loss of the whole batch.
@@ -43,26 +47,33 @@ def contrastive_backward(
     own = rows[distributed.share(rows)]
     # Captions are encoded in order of length and padded to the longest of their own chunk. The loss does not know: it
     # sees the features in the order of the batch. Radiology captions fill less than half of their 77 tokens on average.
-    by_length = pairs.lengths[own].argsort(stable=True)
-    images: list[Encode] = [_image_chunk(clip, pairs, r) for r in own.split(chunk_size)]
-    text_chunk = min(chunk_size, -(-len(own) // TEXT_CHUNKS))
-    texts: list[Encode] = [_text_chunk(clip, pairs, r) for r in own[by_length].split(text_chunk)]
-    one_chunk = len(images) == 1
+    text_chunk = min(chunk_size, captions_at_a_time(len(own)))
+    encoders: list[Encode] = [_image_chunk(clip, pairs, r) for r in own.split(chunk_size)]
+    one_chunk = len(encoders) == 1
+    readings = [pairs] if pairs.fragments is None else [pairs, pairs.fragments]
+    orders = [read.lengths[own].argsort(stable=True) for read in readings]
+    for read, by_length in zip(readings, orders, strict=True):
+        encoders += [_text_chunk(clip, read, r) for r in own[by_length].split(text_chunk)]
 
     before, features = [], []
     with torch.set_grad_enabled(one_chunk):
-        for encode in [*images, *texts]:
+        for encode in encoders:
             before.append(random_state(clip.device))
             features.append(encode())
     after = random_state(clip.device)
 
-    image_features, sorted_texts = torch.cat(features[: len(images)]), torch.cat(features[len(images) :])
-    ids = [i[rows].to(clip.device) for i in pairs.ids]
-    text_features = sorted_texts[by_length.argsort()]
-    loss, to_images, to_texts = _from_loss(image_features, text_features, clip.model.logit_scale, ids, scale)
-    gradients = [*to_images.split(chunk_size), *to_texts[by_length].split(text_chunk)]
+    images, *texts = torch.cat(features).split(len(own))
+    to_images, gradients, losses = torch.zeros_like(images), [], []
+    for read, by_length, sorted_texts in zip(readings, orders, texts, strict=True):
+        ids = [i[rows].to(clip.device) for i in read.ids]
+        weighted = partial(_weighted, scale, read.weight)
+        part = _from_loss(images, sorted_texts[by_length.argsort()], clip.model.logit_scale, ids, weighted)
+        losses.append(part[0])
+        to_images += part[1]
+        gradients += part[2][by_length].split(text_chunk)
+    gradients = [*to_images.split(chunk_size), *gradients]
 
-    for encode, state, feature, gradient in zip([*images, *texts], before, features, gradients, strict=True):
+    for encode, state, feature, gradient in zip(encoders, before, features, gradients, strict=True):
         if not one_chunk:
             restore(state)
             feature = encode()
@@ -70,7 +81,7 @@ def contrastive_backward(
             feature.backward(gradient)
     restore(after)
     distributed.add_up_gradients(p for p in clip.model.parameters() if p.requires_grad)
-    return loss
+    return losses[0]
 
 
 LOGITS = 2**22  # held at a time, 16 MiB of them: memory does not grow with the square of the batch
@@ -99,11 +110,17 @@ def _from_loss(
     return total, to_images[share], to_texts[share]
 
 
-TEXT_CHUNKS = 4  # into how many lengths the captions of a plain step are sorted
+def captions_at_a_time(count: int) -> int:
+    """Of `count` captions in a plain step: four lengths, but no crowd of small products, which would cost more."""
+    return max(16, -(-count // 4))
+
+
+def _weighted(scale: Scale, weight: float, loss: Tensor) -> Tensor:
+    return scale(weight * loss)
 
 
 def _image_chunk(clip: Clip, pairs: Pairs, rows: Tensor) -> Encode:
-    return lambda: clip.image_features(pairs.pixels[rows])
+    return lambda: clip.image_features(pairs.pictures(rows, clip.device))
 
 
 def _text_chunk(clip: Clip, pairs: Pairs, rows: Tensor) -> Encode:

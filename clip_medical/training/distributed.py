@@ -9,6 +9,7 @@ everything here does nothing.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,8 @@ def processes() -> Iterator[None]:
         if local >= here:
             raise UserError(f"there is no GPU for process {local + 1} of this machine, which has {here}: start fewer.")
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # torch waits ten minutes for a process; the first to read 80,000 pictures keeps the others waiting for longer
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
     yield
     dist.destroy_process_group()  # not after an exception: then the process ends, and torchrun ends the others
 

@@ -87,8 +87,8 @@ class Job:
         self.best.consider(self.done, recall, self.learner.weights())
         return recall
 
-    def refuse(self, rows: Tensor, loss: Tensor) -> NoReturn:
-        """The loss of `rows` is not finite: keep what was learned before, name the rows, stop."""
+    def refuse(self, rows: Tensor, what: str, value: float) -> NoReturn:
+        """The loss or the gradient of `rows` is not finite: keep what was learned before, name the rows, stop."""
         self.learner.optimizer.zero_grad(set_to_none=True)
         self.save()
         names = [self.names[row] for row in rows.tolist()]
@@ -98,8 +98,8 @@ class Job:
                 file, json.dumps({"step": self.done + 1, "rows": rows.tolist(), "names": names}, indent=2) + "\n"
             )
         raise UserError(
-            f"the loss of step {self.done + 1} is {loss.item()}, in a batch with {', '.join(names[:3])} and "
-            f"{len(names) - 3} more, all named in {file}; the checkpoint is from before: look at them, or start again "
+            f"the {what} of step {self.done + 1} is {value}, in a batch of {len(names)} pairs that begins with "
+            f"{', '.join(names[:3])}, all named in {file}; the checkpoint is from before: look at them, or start again "
             f"with a lower --lr than {self.config.lr} or with --precision fp32."
         )
 

@@ -50,9 +50,16 @@ class Learner:
 
     @torch.no_grad()
     def step(self, clip_norm: float) -> float:
-        """Unscale, clip, step, in this order; returns the norm of the gradient before clipping."""
+        """Unscale, clip, step, in this order; returns the norm of the gradient before clipping.
+
+        Where it is not finite nothing moves: under fp16 the scaling skips the step, otherwise it is for the caller to
+        stop, with weights that are still good.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip_norm)
+        if not (norm.isfinite() or self.scaler.is_enabled()):
+            self.optimizer.zero_grad(set_to_none=True)
+            return norm.item()
         before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()

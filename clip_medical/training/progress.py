@@ -1,9 +1,11 @@
 """What a person sees of a run while it learns: the bar, metrics.jsonl, TensorBoard; and how they ask it to stop."""
 
+import contextlib
 import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -39,13 +41,19 @@ class Progress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
-        self.log.close()
+        with contextlib.suppress(OSError):  # of a full disk; `step` has told it
+            self.log.close()
         if self.writer is not None:
             self.writer.close()
 
     def step(self, record: dict[str, Any]) -> None:
         """record: "step", "loss", "lr", "pairs_per_second" and whatever else is worth keeping; None where unknown."""
-        print(json.dumps(record), file=self.log, flush=True)
+        try:
+            print(json.dumps(record), file=self.log, flush=True)
+        except OSError as error:  # a full disk is met here first: this file grows at every step
+            raise UserError(
+                f"{self.file} cannot be written ({error.strerror}): make room there, then go on with --resume."
+            ) from error
         words = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {record['pairs_per_second']:.0f} pairs/s"
         self.bar.set_postfix_str(f"{words}, {record['waiting']:.0%} waiting, {record['peak_gib']:.1f} GiB")
         self.bar.update()
@@ -80,6 +88,12 @@ def timed(pairs: Pairs) -> tuple[Pairs, Timed]:
     """The same pairs, and the clock in them."""
     clock = Timed(pairs.pixels)
     return replace(pairs, pixels=clock), clock  # type: ignore[arg-type]
+
+
+def waiting_share(records: Sequence[dict[str, Any]]) -> float:
+    """The share of the time of all steps that the model waited for data; records: the lines of metrics.jsonl."""
+    seconds = [1 / record["pairs_per_second"] for record in records]  # of a pair, and batches are of one size
+    return sum(s * r["waiting"] for s, r in zip(seconds, records, strict=True)) / sum(seconds)
 
 
 class StopRequest:

@@ -185,6 +185,34 @@ def test_train_roco_downloaded(
     assert list((tmp_path / "hub").rglob("*.parquet"))
 
 
+def test_train_roco_without_its_data_is_one_sentence(
+    hub: StandInHub,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, or a run folder left behind, where a shard, the data set or the whole network is missing."""
+    import train
+
+    hub.add("models", "openai/clip-vit-base-patch32", model)
+    monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, "--output", str(tmp_path / "run")])
+    monkeypatch.setenv("CLIP_MEDICAL_CACHE", str(tmp_path / "images"))
+
+    def said() -> str:
+        assert train.main() == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert ROCO in message and "--data" in message and not (tmp_path / "run").exists()
+        return message
+
+    hub.refuse["train-00001-of-00003.parquet"] = 404
+    assert "train-00001-of-00003.parquet did not come" in said()
+    del hub.repositories["datasets", ROCO]
+    assert "no data set on http" in said()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    assert "127.0.0.1:9 cannot be reached" in said()
+
+
 PICTURES = "from clip_medical.data.sources import load_data as l; print(len(l('me/pictures').train))"
 
 

@@ -257,6 +257,20 @@ def test_pixels_are_those_of_clip(size: int, colour: bool, processor: Any) -> No
         assert off.mean() <= 1 and np.quantile(off, 0.999) <= 3, (width, height, off.mean(), off.max())
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+def test_pixels_of_every_mode_are_those_of_clip(mode: str) -> None:
+    """Catches a mode that is read with other colours than CLIP reads it with. All are opaque and of 8-bit values: what
+    is transparent or wider differs on purpose, as CLIPImageProcessor shows hidden colours and clips at 255."""
+    reference = CLIPImageProcessor(do_rescale=False, do_normalize=False)
+    for width, height in [(301, 223), (97, 640), (31, 57)]:
+        image = radiograph(width, height, colour=True)
+        image = (image.convert("L").convert("I") if mode in ("F", "I;16") else image).convert(mode)
+        ours = resize_and_crop(decode(image, mode), 224)
+        theirs = np.asarray(reference(image, return_tensors="np")["pixel_values"][0], float).transpose(1, 2, 0)
+        off = np.abs(theirs - (ours if ours.ndim == 3 else ours[..., None]))
+        assert off.mean() <= 1 and np.quantile(off, 0.999) <= 3, (width, height, off.mean(), off.max())
+
+
 @pytest.mark.parametrize("size", [112, 32])
 def test_pixels_of_pure_noise(size: int) -> None:
     """Catches height resized before width, as Pillow 13 does for some boxes: overshoot is then clipped elsewhere."""

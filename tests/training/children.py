@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported everything already, so that each starts in a moment.
 """
 
+import json
 import multiprocessing
 import os
 import socket
@@ -16,6 +17,8 @@ import torch
 import train
 from clip_medical.config import Config
 from clip_medical.data.batches import Pairs
+from clip_medical.evaluation.report import encode
+from clip_medical.evaluation.retrieval import retrieval_report
 from clip_medical.training import distributed
 from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.job import Job
@@ -27,7 +30,7 @@ fresh = multiprocessing.get_context("forkserver")
 fresh.set_forkserver_preload(["tests.training.children"])
 
 
-def start(action: Callable[..., None], *arguments: Any, world: int = 1) -> list[Any]:
+def start(action: Callable[..., Any], *arguments: Any, world: int = 1) -> list[Any]:
     """`action(*arguments)` in `world` new processes that know of each other as those of torchrun do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,7 +51,7 @@ def finish(started: list[Any]) -> list[int]:
     return [process.exitcode for process in started]
 
 
-def _child(place: dict[str, Any], action: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _child(place: dict[str, Any], action: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.update({name: str(value) for name, value in place.items()})
@@ -72,7 +75,17 @@ def batch_gradient(folder: Path, chunk_size: int) -> None:
     )
 
 
-def training(folder: Path, config: Config) -> None:
+def measured_training(folder: Path, config: Config) -> None:
+    """`training`, and after it the recall report that train.py makes."""
+    job = training(folder, config)
+    if distributed.rank() == 0:
+        made = job.held_out
+        features = encode(job.clip, made)
+        report = retrieval_report(*features, made.caption_ids, made.image_ids, ks=(1, 5, 10))
+        (folder / "recall.json").write_text(json.dumps(report))
+
+
+def training(folder: Path, config: Config) -> Job:
     """A run of the loop of train.py on random pixels, resumed where there is something to resume."""
     config = replace(config, resume=(folder / "config.json").is_file())
     clip = small_clip(config.dropout)
@@ -81,3 +94,4 @@ def training(folder: Path, config: Config) -> None:
     names = [f"picture {row}" for row in range(22)]
     job = Job(folder, config, clip, data(), data(), learner, config.steps or 1, names)
     train.learn(job, "small")
+    return job

@@ -1,5 +1,7 @@
 """The gradient of a large batch in chunks equals the gradient of the batch, to rounding, whatever makes that hard."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,8 +9,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from clip_medical.data.batches import Pairs
 from clip_medical.model import Clip
-from clip_medical.training import contrastive
-from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.contrastive import captions_at_a_time, contrastive_backward
 from clip_medical.training.losses import info_nce, same_rows
 from clip_medical.training.memory import set_checkpointing
 from lora import adapter_parameters, inject
@@ -56,13 +57,22 @@ def gradients(clip: Clip) -> list[Tensor]:
 def one_graph(clip: Clip, data: Pairs, chunk_size: int) -> tuple[Tensor, list[Tensor]]:
     """The definition: all features in one graph, encoded in the same chunks so that dropout draws the same masks."""
     order = data.lengths.argsort(stable=True)
-    text_chunk = min(chunk_size, -(-N // contrastive.TEXT_CHUNKS))
+    text_chunk = min(chunk_size, captions_at_a_time(N))
     images = torch.cat([clip.image_features(data.pixels[r]) for r in torch.arange(N).split(chunk_size)])
     texts = torch.cat([clip.text_features(data.tokens[r], data.lengths[r]) for r in order.split(text_chunk)])
     positives = same_rows(data.caption_ids, data.image_ids)
     loss = info_nce(images, texts[order.argsort()], clip.model.logit_scale, positives)
     loss.backward()
     return loss.detach(), gradients(clip)
+
+
+def with_fragments(data: Pairs) -> Pairs:
+    """Each caption and, weighted by 0.3, one of its words."""
+    words = data.tokens[:, :3].clone()
+    words[:, 2] = 49
+    ids = words.unique(dim=0, return_inverse=True)[1]
+    cut = replace(data, tokens=words, lengths=torch.full((N,), 3), text_ids=ids, weight=0.3)
+    return replace(data, fragments=cut)
 
 
 def relative(a: list[Tensor], b: list[Tensor]) -> float:
@@ -80,6 +90,23 @@ def test_chunked_gradients_equal_one_graph(chunk_size: int, dropout: float) -> N
     torch.manual_seed(3)
     loss = contrastive_backward(clip, data, torch.arange(N), chunk_size)
     torch.testing.assert_close(loss, expected_loss)
+    assert relative(gradients(clip), expected) < 1e-5
+
+
+@pytest.mark.parametrize("chunk_size", [5, 1000])
+def test_fragments_add_a_weighted_loss_of_their_own(chunk_size: int) -> None:
+    """Catches a weight that is left out, words that are right for one picture and wrong for another, a returned loss
+    that is not that of the captions, and gradients of one loss that are lost to the other."""
+    clip, data = small_clip(), with_fragments(pairs())
+    cut = data.fragments
+    assert cut is not None
+    caption_loss, of_captions = one_graph(clip, data, N)
+    images, texts = clip.image_features(data.pixels), clip.text_features(cut.tokens, cut.lengths)
+    right = same_rows(data.caption_ids, data.image_ids, cut.text_ids)
+    (0.3 * info_nce(images, texts, clip.model.logit_scale, right)).backward()
+    expected = [a + b for a, b in zip(of_captions, gradients(clip), strict=True)]
+    loss = contrastive_backward(clip, data, torch.arange(N), chunk_size)
+    torch.testing.assert_close(loss, caption_loss)
     assert relative(gradients(clip), expected) < 1e-5
 
 
@@ -116,6 +143,23 @@ def test_gradients_are_the_same_with_checkpointing(chunk_size: int) -> None:
         contrastive_backward(clip, data, torch.arange(N), chunk_size)
         results.append(gradients(clip))
     assert relative(*results) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "chunk_size"), [(torch.float16, 5), (torch.bfloat16, 1000)])
+def test_a_base_in_half_precision_gives_the_gradient_to_its_rounding(dtype: torch.dtype, chunk_size: int) -> None:
+    """Catches a branch that does not take the format of its base, and gradients that are lost in its range."""
+    clip, data = small_clip(), pairs()
+    expected_loss = contrastive_backward(clip, data, torch.arange(N), chunk_size)
+    expected = gradients(clip)
+    for parameter in clip.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    loss = contrastive_backward(clip, data, torch.arange(N), chunk_size, scale=lambda loss: 1024 * loss)
+    found = gradients(clip)
+    assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in found)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss, expected_loss, rtol=4 * rounding, atol=0)
+    assert relative([g / 1024 for g in found], expected) < 8 * rounding
 
 
 def test_scaling_reaches_every_gradient() -> None:

@@ -4,16 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from clip_medical.config import Config
 from clip_medical.errors import UserError
 from clip_medical.runs import STATE
 from clip_medical.training import distributed
-from tests.training.children import batch_gradient, finish, start, training
+from tests.training.children import batch_gradient, finish, measured_training, start
 from tests.training.test_contrastive import relative
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +36,10 @@ def test_two_processes_have_the_gradient_of_the_united_batch(tmp_path: Path, chu
 def test_two_processes_train_and_measure_as_one(tmp_path: Path) -> None:
     """Catches weights that drift apart, two processes writing one file, and a recall of half the pool."""
     config = Config(batch_size=10, steps=4, validate_every=2, train_logit_scale=True, lr=1e-2)
-    runs = [start(training, tmp_path / str(world), config, world=world) for world in (1, 2)]
+    runs = [start(measured_training, tmp_path / str(world), config, world=world) for world in (1, 2)]
     assert [finish(started) for started in runs] == [[0], [0, 0]]
+    reports = [(tmp_path / name / "recall.json").read_text() for name in ("1", "2")]
+    assert reports[0] == reports[1] and json.loads(reports[0])["pool"] == 22
     one, two = (torch.load(tmp_path / name / STATE, weights_only=True) for name in ("1", "2"))
     assert relative(two["learner"]["parameters"], one["learner"]["parameters"]) < 1e-5
     assert len(two["random"]) == 2 and not torch.equal(*(r["torch"] for r in two["random"]))  # dropout differs
@@ -46,7 +50,7 @@ def test_two_processes_train_and_measure_as_one(tmp_path: Path) -> None:
 
 
 def test_a_failing_process_ends_the_others_with_its_message(tmp_path: Path) -> None:
-    """Catches a run that hangs for the half hour of gloo's patience because one process is gone."""
+    """Catches a run that hangs for as long as the others have patience because one process is gone."""
     script = tmp_path / "fails.py"
     script.write_text(
         "import sys, torch.distributed as dist\n"
@@ -61,8 +65,19 @@ def test_a_failing_process_ends_the_others_with_its_message(tmp_path: Path) -> N
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     here = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=here, timeout=300)  # far from 1,800
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=here, timeout=300)
     assert done.returncode != 0 and "fails.py: rank 1 has no picture" in done.stderr
+
+
+def test_processes_wait_for_the_one_that_reads_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches torch's ten minutes, after which the processes that wait for a first pass over the data are ended."""
+    patience: list[timedelta] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: patience.append(timeout))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with distributed.processes():
+        assert patience[0] > timedelta(hours=1)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

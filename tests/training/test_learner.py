@@ -47,6 +47,17 @@ def test_a_step_that_overflowed_moves_neither_weights_nor_schedule() -> None:
     assert not torch.equal(before[0], one.parameters[0]) and one.lr != rate
 
 
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_without_loss_scaling_a_bad_gradient_moves_nothing_either(factor: float) -> None:
+    """Catches weights that are NaN from then on, and with them the checkpoint that was to be the way back."""
+    one = learner()
+    before, rate = one.weights(), one.lr
+    backward(one, factor)
+    assert not math.isfinite(one.step(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, one.weights(), strict=True)) and one.lr == rate
+    assert all(p.grad is None for p in one.parameters) and one.skipped == 0
+
+
 def test_the_gradient_is_clipped_after_the_loss_scale_is_taken_out() -> None:
     """Catches clip before unscale: the norm then is 65,536 times too large and every step is clipped to nothing."""
     plain, scaled = learner(), learner(scaled=True)

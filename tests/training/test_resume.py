@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -37,11 +38,12 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path: Path) -> None:
     for number in range(KILLS):
         folder = tmp_path / str(number)
         while killed <= number:  # one that had ended before it was to be killed does not count
+            shutil.rmtree(folder, ignore_errors=True)
             started = start(training, folder, CONFIG)
             while not (folder / "config.json").is_file():
                 time.sleep(0.001)
             time.sleep(draw.uniform(0, times[1] - times[0]))
-            os.kill(started[0].pid, signal.SIGKILL)
+            started[0].kill()
             killed += finish(started) == [-signal.SIGKILL]
         assert finish(start(training, folder, CONFIG)) == [0]
         again, losses_again = outcome(folder)
