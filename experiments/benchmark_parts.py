@@ -2,7 +2,6 @@
 
 import copy
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,9 +19,18 @@ from tqdm import tqdm
 from clip_medical.data.batches import Pairs
 from clip_medical.model import load_clip
 from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.memory import memory_in_use, peak_memory
 from clip_medical.training.precision import choose_device, choose_precision
 from experiments.contenders import CONTENDERS, Ours, Peft, Row
 from lora import inject, merge, remove
+
+T = TypeVar("T")
+
+
+def fresh_process(action: Callable[..., T], *arguments: Any) -> T:
+    """What `action(*arguments)` returns in a process of its own, whose memory holds nothing of what went before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(action, *arguments).result()
 
 
 def timed(device: torch.device, action: Callable[..., Any], *arguments: Any) -> float:
@@ -174,27 +182,21 @@ def start() -> dict[str, float]:
 def memory(rows: list[Row], batch_size: int, precision: str, budget: float) -> dict[str, dict[str, float]]:
     """Peak memory of two steps, each contender in a process of its own, and the largest batch that would fit."""
     result: dict[str, dict[str, float]] = {}
-    context = multiprocessing.get_context("spawn")
     for name in CONTENDERS:
-        peaks = []
-        for size in (batch_size // 2, batch_size):
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                peaks.append(pool.submit(peak_memory, name, rows, size, precision).result())
+        peaks = [fresh_process(peak_of, name, rows, size, precision) for size in (batch_size // 2, batch_size)]
         per_pair = (peaks[1] - peaks[0]) / (batch_size - batch_size // 2)
         fits = batch_size + (budget * 2**30 - peaks[1]) / per_pair
         result[name] = {"peak bytes": peaks[1], f"largest batch in {budget} GiB, extrapolated": int(fits)}
     return result
 
 
-def peak_memory(name: str, rows: list[Row], batch_size: int, precision: str) -> int:
+def peak_of(name: str, rows: list[Row], batch_size: int, precision: str) -> int:
     """Bytes at the height of two training steps: on a GPU what torch allocated, on a CPU what the process grew by."""
     device = choose_device()
     dtype, _ = choose_precision(precision, device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_in_use(device)
     contender: Any = CONTENDERS[name](rows[:batch_size], batch_size, device, dtype)
     batch = contender.prepared()[0]
     for _ in range(2):
         contender.step(batch)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak_memory(device) - before
