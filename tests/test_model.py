@@ -141,3 +141,13 @@ def test_zero_shot_report_leaves_unknown_labels_out(clip: Clip) -> None:
     assert list(row) == ["modality"] and row["modality"]["n"] == 4
     assert row["modality"]["accuracy"] == 0.5  # two of three CT are right, the one MRI is not
     assert row["modality"]["balanced_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_zero_shot_of_features_that_say_nothing(clip: Clip) -> None:
+    """Catches argmax on ties and on NaN, which names the first class: right wherever that is the commonest."""
+    from clip_medical.evaluation.zero_shot import zero_shot_report
+
+    labels = {"modality": ["CT"] * 8 + ["MRI"] * 2}
+    assert zero_shot_report(clip, torch.zeros(10, 128), labels)["modality"]["accuracy"] == 0
+    with pytest.raises(ValueError, match="NaN"):
+        zero_shot_report(clip, torch.full((10, 128), torch.nan), labels)
