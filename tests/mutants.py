@@ -26,6 +26,7 @@ LAYER, INJECT, FILE = "lora/layer.py", "lora/inject.py", "lora/adapter_file.py"
 LOSSES, RETRIEVAL = "clip_medical/training/losses.py", "clip_medical/evaluation/retrieval.py"
 LEARNER, CONTRASTIVE = "clip_medical/training/learner.py", "clip_medical/training/contrastive.py"
 MODEL, BATCHES = "clip_medical/model.py", "clip_medical/data/batches.py"
+FRAGMENTS, ZERO_SHOT = "clip_medical/data/fragments.py", "clip_medical/evaluation/zero_shot.py"
 RUNS, EXPORT, ONNX = "clip_medical/runs.py", "clip_medical/export.py", "clip_medical/onnx_export.py"
 CLASSES, SEARCH = "clip_medical/evaluation/classification.py", "clip_medical/evaluation/search.py"
 COMMON, STRESS = "experiments/common.py", "experiments/stress_test.py"
@@ -84,9 +85,13 @@ MUTANTS = [
     Mutant("rank changes the step size", VARIANTS, "alpha = config.alpha * rank / config.rank", "alpha = config.alpha", "tests/experiments/test_ablation.py"),
     Mutant("rows of other settings taken over", ABLATION, 'stored if stored.get("settings") == settings else {}', "stored", "tests/experiments/test_ablation.py"),
     Mutant("equal fragments are wrong for each other", BATCHES, "(self.caption_ids, self.image_ids, self.text_ids)", "(self.caption_ids, self.image_ids)", "tests/data/test_fragments.py"),
-    Mutant("weight of the fragments left out", "clip_medical/training/contrastive.py", "scale(weight * loss)", "scale(loss)", "tests/training/test_contrastive.py"),
-    Mutant("gradient of the captions lost to that of their fragments", "clip_medical/training/contrastive.py", "to_images += part[1]", "to_images = part[1]", "tests/training/test_contrastive.py"),
-    Mutant("fragment without its end", "clip_medical/data/fragments.py", "torch.where(column <= count,", "torch.where(column <= count + 1,", "tests/data/test_fragments.py"),
+    Mutant("weight of the fragments left out", CONTRASTIVE, "scale(weight * loss)", "scale(loss)", "tests/training/test_contrastive.py"),
+    Mutant("gradient of the captions lost to that of their fragments", CONTRASTIVE, "to_images += part[1]", "to_images = part[1]", "tests/training/test_contrastive.py"),
+    Mutant("the same fragment over and over", FRAGMENTS, "(seed, epoch, 1 + number)", "(seed, epoch, 1)", "tests/data/test_fragments.py"),
+    Mutant("each fragment with the whole weight", BATCHES, "weight=1 / config.fragments", "weight=1", "tests/data/test_fragments.py"),
+    Mutant("argmax on ties in zero-shot", ZERO_SHOT, "hits = (ranks(images[known], class_features(clip, facet, classes), *own).rank == 0).double()", "hits = ((images[known] @ class_features(clip, facet, classes).T).argmax(dim=1) == truth).double()", "tests/test_model.py"),
+    Mutant("joint list: NaN comes first", STRESS, "    if scores.isnan().any():", "    if False:", "tests/experiments/test_stress_test.py"),
+    Mutant("fragment without its end", FRAGMENTS, "torch.where(column <= count,", "torch.where(column <= count + 1,", "tests/data/test_fragments.py"),
 ]  # fmt: skip
 
 

@@ -66,7 +66,7 @@ class Pairs:
     summary: str = ""  # for a report: how many, how many of them more than once, cut, unreadable
     text_ids: Tensor | None = None  # (N,) of fragments: the same number where the words are the same
     weight: float = 1.0  # of the loss over these captions
-    fragments: "Pairs | None" = None  # the same pairs, each caption cut to a few words: for a second loss
+    fragments: "tuple[Pairs, ...]" = ()  # the same pairs, each caption cut to a few words: for a second loss
     views: Tensor | None = None  # (N, 4) how each picture is augmented in this epoch
 
     def __len__(self) -> int:
@@ -84,13 +84,13 @@ class Pairs:
 
     def in_epoch(self, config: Config, epoch: int) -> "Pairs":
         """The pairs as an epoch reads them: with fragments of the captions and augmented pictures, where asked for."""
-        cut = None
-        if config.fragments > 0:
-            tokens, lengths = fragments(self.tokens, self.lengths, config.seed, epoch)
+        cuts = []
+        for number in range(config.fragments):
+            tokens, lengths = fragments(self.tokens, self.lengths, config.seed, epoch, number)
             ids = tokens.unique(dim=0, return_inverse=True)[1]
-            cut = replace(self, tokens=tokens, lengths=lengths, text_ids=ids, weight=config.fragments)
+            cuts.append(replace(self, tokens=tokens, lengths=lengths, text_ids=ids, weight=1 / config.fragments))
         views = draw_views(len(self), config.seed, epoch) if config.augment else None
-        return replace(self, fragments=cut, views=views)
+        return replace(self, fragments=tuple(cuts), views=views)
 
 
 def prepare(split: Split, clip: Clip, name: str) -> Pairs:

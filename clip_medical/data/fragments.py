@@ -12,13 +12,13 @@ from torch import Tensor
 LONGEST = 10  # tokens of a fragment
 
 
-def fragments(tokens: Tensor, lengths: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Of captions, token ids (N, L) and their lengths (N,), a fragment each, as an epoch reads it.
+def fragments(tokens: Tensor, lengths: Tensor, seed: int, epoch: int, number: int = 0) -> tuple[Tensor, Tensor]:
+    """Of captions, token ids (N, L) and their lengths (N,), a fragment each: the one of this number in this epoch.
 
     A fragment is 1 to LONGEST tokens in a row between the start and the end token of its caption. It is decided by
-    (seed, epoch) alone, so that a resumed run reads what the undisturbed one would have read.
+    (seed, epoch, number) alone, so that a resumed run reads what the undisturbed one would have read.
     """
-    random = torch.from_numpy(np.random.default_rng((seed, epoch, 1)).random((2, len(tokens))))
+    random = torch.from_numpy(np.random.default_rng((seed, epoch, 1 + number)).random((2, len(tokens))))
     inner = lengths - 2
     first = (random[0] * inner).long()
     count = torch.minimum(1 + (random[1] * LONGEST).long(), inner - first)[:, None]

@@ -37,7 +37,7 @@ def contrastive_backward(
     """Add the gradient of the InfoNCE of the pairs `rows` (N,) to the parameters; returns the loss, detached.
 
     Pairs with the same caption or the same picture are right for each other. Where the pairs come with fragments of
-    their captions, the gradient is that of the sum of two losses, over captions and, weighted, over fragments, for one
+    their captions, the gradient is that of the sum of the losses, over captions and, weighted, over fragments, for one
     encoding of the pictures; the loss returned is that of the captions. chunk_size: pairs encoded at a time; N or more
     is the plain step. scale: multiplies the loss before the backward pass (GradScaler.scale under fp16).
 
@@ -50,7 +50,7 @@ def contrastive_backward(
     text_chunk = min(chunk_size, captions_at_a_time(len(own)))
     encoders: list[Encode] = [_image_chunk(clip, pairs, r) for r in own.split(chunk_size)]
     one_chunk = len(encoders) == 1
-    readings = [pairs] if pairs.fragments is None else [pairs, pairs.fragments]
+    readings = [pairs, *pairs.fragments]
     orders = [read.lengths[own].argsort(stable=True) for read in readings]
     for read, by_length in zip(readings, orders, strict=True):
         encoders += [_text_chunk(clip, read, r) for r in own[by_length].split(text_chunk)]

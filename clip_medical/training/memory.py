@@ -70,7 +70,7 @@ def make_plan(clip: Clip, pairs: Pairs, config: Config, batch: int) -> Plan:
         ways += [(0, False), (0, True)]  # 0: as many as fit
     for chunk, checkpointing in ways:
         if config.checkpointing in ("auto", "on" if checkpointing else "off"):
-            tried = _try(clip, pairs, batch, chunk, checkpointing, limit)
+            tried = _try(clip, pairs, config, batch, chunk, checkpointing, limit)
             made = distributed.from_everyone(tried)[0]  # all processes go the same way
             enough = made.chunk_size >= min(LEAST, batch) or config.checkpointing == "off" or chunk
             if made.forecast <= limit and enough:
@@ -79,13 +79,14 @@ def make_plan(clip: Clip, pairs: Pairs, config: Config, batch: int) -> Plan:
     return made
 
 
-def _try(clip: Clip, pairs: Pairs, batch: int, chunk: int, checkpointing: bool, limit: int) -> Plan:
+def _try(clip: Clip, pairs: Pairs, config: Config, batch: int, chunk: int, checkpointing: bool, limit: int) -> Plan:
     """What the step needs in chunks of `chunk` pairs; 0: in the largest ones that stay within the limit."""
     set_checkpointing(clip, checkpointing)
     parameters = [p for p in clip.model.parameters() if p.requires_grad]
     moments = 2 * sum(4 * p.numel() for p in parameters)  # of Adam
     width = clip.model.config.projection_dim
-    features = 4 * (10 * batch * width + 6 * min(batch**2, LOGITS))  # of the batch: features, their gradients, logits
+    sides = 2 + config.fragments  # pictures, captions, fragments
+    features = 4 * (5 * sides * batch * width + 6 * min(batch**2, LOGITS))  # of the batch, their gradients, logits
     fixed, each = _line(clip, pairs, whole=chunk >= batch)
     fixed += memory_in_use(clip.device) + moments + features
     if not chunk:

@@ -59,7 +59,7 @@ def test_left_stays_left() -> None:
 
 def test_a_view_is_of_its_row_and_epoch() -> None:
     """Catches views drawn in the order of asking, which a resumed run would not repeat; and augmentation unasked."""
-    plain, config = pairs(), Config(batch_size=5, augment=True, fragments=0.0)
+    plain, config = pairs(), Config(batch_size=5, augment=True, fragments=0)
     numbers = torch.arange(N)
     steps = list(islice(epochs(plain, numbers, config, 0), 12))
     resumed, rows = next(epochs(plain, numbers, config, 6))

@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import pytest
 import torch
 
 from clip_medical.config import Config
@@ -33,21 +34,23 @@ def test_a_fragment_is_a_run_of_its_caption_between_start_and_end() -> None:
 
 
 def test_an_epoch_reads_captions_and_their_fragments() -> None:
-    """Catches captions cut in place, an epoch cut anew half-way, one that a resumed run reads otherwise, and a weight
-    of 0 that reads fragments all the same."""
+    """Catches captions cut in place, an epoch cut anew half-way, one that a resumed run reads otherwise, fragments that
+    are all the same, a weight that grows with their number, and a number of 0 that reads fragments all the same."""
     number = torch.arange(8)
     pairs = Pairs(torch.zeros(8, 3, 2, 2), TOKENS[3:4].repeat(8, 1), LENGTHS[3:4].repeat(8), number, number)
-    config = Config(batch_size=4, fragments=0.3)
+    config = Config(batch_size=4, fragments=3)
     steps = list(islice(epochs(pairs, number, config, 0), 4))
     cut = [read.fragments for read, _ in steps]
-    for read, one in zip(steps, cut, strict=True):
-        assert one is not None and one.weight == 0.3 and read[0].weight == 1 and read[0].tokens is pairs.tokens
-    first, second, third, last = (one.tokens for one in cut if one is not None)
+    for read, each in zip(steps, cut, strict=True):
+        assert sum(one.weight for one in each) == pytest.approx(1)
+        assert read[0].weight == 1 and read[0].tokens is pairs.tokens
+        assert len({one.tokens.numpy().tobytes() for one in each}) == 3
+    first, second, third, last = (each[1].tokens for each in cut)
     assert torch.equal(first, second) and torch.equal(third, last) and not torch.equal(second, third)
     resumed, rows = next(epochs(pairs, number, config, 3))
-    assert resumed.fragments is not None and torch.equal(resumed.fragments.tokens, last)
+    assert torch.equal(resumed.fragments[1].tokens, last)
     assert torch.equal(rows, steps[3][1])
-    assert next(epochs(pairs, number, Config(batch_size=4, fragments=0), 0))[0].fragments is None
+    assert next(epochs(pairs, number, Config(batch_size=4, fragments=0), 0))[0].fragments == ()
 
 
 def test_equal_fragments_are_right_for_each_other() -> None:
@@ -56,5 +59,5 @@ def test_equal_fragments_are_right_for_each_other() -> None:
     pairs = Pairs(torch.zeros(3, 3, 2, 2), words, torch.tensor([3, 3, 3]), torch.arange(3), torch.arange(3))
     assert same_rows(*pairs.ids).equal(torch.eye(3, dtype=torch.bool))
     expected = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    cut = pairs.in_epoch(Config(), 0).fragments
-    assert cut is not None and same_rows(*cut.ids).equal(expected)
+    cut = pairs.in_epoch(Config(), 0).fragments[0]
+    assert same_rows(*cut.ids).equal(expected)

@@ -67,12 +67,14 @@ def one_graph(clip: Clip, data: Pairs, chunk_size: int) -> tuple[Tensor, list[Te
 
 
 def with_fragments(data: Pairs) -> Pairs:
-    """Each caption and, weighted by 0.3, one of its words."""
-    words = data.tokens[:, :3].clone()
-    words[:, 2] = 49
-    ids = words.unique(dim=0, return_inverse=True)[1]
-    cut = replace(data, tokens=words, lengths=torch.full((N,), 3), text_ids=ids, weight=0.3)
-    return replace(data, fragments=cut)
+    """Each caption and, weighted by 0.3 and 0.2, its first word and its second."""
+    cuts = []
+    for word, weight in ((1, 0.3), (2, 0.2)):
+        words = data.tokens[:, [0, word, 0]]
+        words[:, 2] = 49
+        ids = words.unique(dim=0, return_inverse=True)[1]
+        cuts.append(replace(data, tokens=words, lengths=torch.full((N,), 3), text_ids=ids, weight=weight))
+    return replace(data, fragments=tuple(cuts))
 
 
 def relative(a: list[Tensor], b: list[Tensor]) -> float:
@@ -98,13 +100,11 @@ def test_fragments_add_a_weighted_loss_of_their_own(chunk_size: int) -> None:
     """Catches a weight that is left out, words that are right for one picture and wrong for another, a returned loss
     that is not that of the captions, and gradients of one loss that are lost to the other."""
     clip, data = small_clip(), with_fragments(pairs())
-    cut = data.fragments
-    assert cut is not None
-    caption_loss, of_captions = one_graph(clip, data, N)
-    images, texts = clip.image_features(data.pixels), clip.text_features(cut.tokens, cut.lengths)
-    right = same_rows(data.caption_ids, data.image_ids, cut.text_ids)
-    (0.3 * info_nce(images, texts, clip.model.logit_scale, right)).backward()
-    expected = [a + b for a, b in zip(of_captions, gradients(clip), strict=True)]
+    caption_loss, expected = one_graph(clip, data, N)
+    for cut in data.fragments:
+        images, texts = clip.image_features(data.pixels), clip.text_features(cut.tokens, cut.lengths)
+        (cut.weight * info_nce(images, texts, clip.model.logit_scale, same_rows(*cut.ids))).backward()
+        expected = [a + b for a, b in zip(expected, gradients(clip), strict=True)]
     loss = contrastive_backward(clip, data, torch.arange(N), chunk_size)
     torch.testing.assert_close(loss, caption_loss)
     assert relative(gradients(clip), expected) < 1e-5
