@@ -18,7 +18,7 @@ class Config:
     data: str = "phantoms"
     """What to train on: "phantoms" (drawn on the spot), a folder of images with metadata.csv, a CSV, TSV or JSONL of
     image path and caption, Parquet, or a data set on the Hugging Face Hub. Given without a preset, the other flags
-    start from what suits real pictures (--lr 2e-3, --epochs 13, a fixed temperature) and not phantoms."""
+    start from what suits real pictures (--lr 2e-3, --epochs 14, a fixed temperature) and not phantoms."""
     revision: str | None = None
     """Commit, tag or branch of a data set on the Hub; default: its newest commit."""
     streaming: Literal["on", "off"] = "on"
@@ -60,7 +60,7 @@ class Config:
     augment: bool = False
     """Turn, shift and enlarge each training picture a little, anew in every epoch; never mirrored, as left and right
     matter."""
-    epochs: int = 13
+    epochs: int = 14
     """Passes over the training pairs."""
     steps: int | None = None
     """Optimizer steps; default: as many as `epochs` makes."""
