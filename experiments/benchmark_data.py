@@ -14,7 +14,6 @@ process of its own. Written to experiments/results/benchmark_data.json with comm
 import json
 import multiprocessing
 import os
-import resource
 import shlex
 import shutil
 import statistics
@@ -38,6 +37,7 @@ from clip_medical.data.sources import load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import environment
 from clip_medical.model import Clip
+from clip_medical.training import memory
 
 RESULT = Path(__file__).parent / "results" / "benchmark_data.json"
 SIZE, BATCH = 224, 64  # ViT-B/32's pixels; pairs
@@ -163,7 +163,7 @@ def peak_memory(folder: Path, count: int) -> float:
 def _measure_memory(folder: Path) -> float:
     os.environ[ROOT_VARIABLE] = str(folder / "cache")
     epoch(ours(folder, small_clip()))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return memory.peak_memory(torch.device("cpu")) / 1e6
 
 
 def _in_own_process(function: Callable[[Path], float], folder: Path) -> float:

@@ -2,9 +2,9 @@
 
 The exact contrastive step of the tiny CLIP in chunks of 128 pairs, beside the plain step that encodes all at once; each
 batch in a fresh process. The peak is what is taken beyond what was there before the steps: on a CPU by the process
-(ru_maxrss against the resident memory), on a GPU by torch (max_memory_allocated). The pixels of a whole batch are not
-in it, neither here nor in training: they lie in the image cache on disk, and a chunk of them is read at a time. Small
-batches take several steps, until as many chunks have passed through the heap as of a larger one: on a CPU it is given
+(VmHWM against the resident memory), on a GPU by torch (max_memory_allocated). The pixels of a whole batch are not
+in it, neither here nor in training: they lie in the image cache on disk, and a chunk of them is read at a time. Each
+batch takes as many steps as make 4,096 pairs, so that equally many chunks pass through the heap: on a CPU it is given
 back in pieces, and the second step of any batch takes a few per cent more than the first.
 
 On a GPU also what a T4 would hold, the allocator capped at its 14.7 GiB: ViT-B/32 in fp16, the largest batch in one
@@ -38,7 +38,7 @@ from experiments.contenders import roco_lengths, vit_b_32
 from lora import adapter_parameters, inject
 
 CHUNK, BATCHES, PLAIN = 128, (256, 512, 1024, 2048, 4096), (128, 256, 512)
-PAIRS = 1024  # that the steps of a batch have in all, where the batch is not larger
+PAIRS = 4096  # that the steps of each batch have in all
 T4 = 14.7  # GiB that a T4 has for its user
 NOT_YET = "not yet measured"
 

@@ -84,7 +84,7 @@ def contrastive_backward(
     return losses[0]
 
 
-LOGITS = 2**22  # held at a time, 16 MiB of them: memory does not grow with the square of the batch
+LOGITS = 2**20  # held at a time, 4 MiB of them: memory does not grow with the square of the batch
 
 
 def _from_loss(

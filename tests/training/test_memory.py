@@ -1,5 +1,7 @@
 """The plan of a step: the cheapest way that fits, and a forecast that counts what is really held."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -88,3 +90,12 @@ def test_out_of_memory_is_a_sentence_with_the_flags_that_help() -> None:
     assert "--chunk-size 64" in str(told.value)
     with pytest.raises(RuntimeError, match="shapes"), out_of_memory_in_words(job):
         raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux hands a peak on to a child")
+def test_a_process_has_its_own_peak() -> None:
+    """Catches the peak of a parent taken for that of the process it started, as getrusage's ru_maxrss has it."""
+    held = bytearray(1 << 30)
+    code = "import torch; from clip_medical.training.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak < len(held) < memory.peak_memory(torch.device("cpu"))
