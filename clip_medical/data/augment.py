@@ -19,7 +19,8 @@ def draw_views(count: int, seed: int, epoch: int) -> Tensor:
     Decided by (seed, epoch) and the row alone, so that a resumed run, the second pass of a chunked step and each of
     several processes see the same pixels; no generator of torch is touched.
     """
-    return torch.from_numpy(np.random.default_rng((seed, epoch, 2)).random((count, 4)))
+    # (seed, epoch, 1), (seed, epoch, 2), ... draw the fragments; NumPy takes (seed, epoch, 0) for (seed, epoch)
+    return torch.from_numpy(np.random.default_rng((seed, epoch, 0, 1)).random((count, 4)))
 
 
 def augment(pixels: Tensor, views: Tensor) -> Tensor:

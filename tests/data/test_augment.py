@@ -3,11 +3,13 @@
 from dataclasses import replace
 from itertools import islice
 
+import numpy as np
+import pytest
 import torch
 
 from clip_medical.config import Config
 from clip_medical.data.augment import DEGREES, SMALLEST, augment, draw_views
-from clip_medical.data.batches import epochs
+from clip_medical.data.batches import epochs, row_batches
 from clip_medical.training.contrastive import contrastive_backward
 from tests.training.test_contrastive import N, gradients, pairs, relative, small_clip
 
@@ -83,3 +85,20 @@ def test_both_passes_of_a_chunked_step_see_the_same_pixels() -> None:
     assert relative(*found) < 1e-5
     contrastive_backward(clip, pairs(), torch.arange(N), N)
     assert relative(gradients(clip), found[0]) > 1e-2
+
+
+def test_all_that_an_epoch_draws_is_drawn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches views, fragments and the order of the rows drawn from one seed, so that a turn goes with certain words.
+    NumPy takes (1, 2, 0) for (1, 2)."""
+    seeds: list[tuple[int, ...]] = []
+    draw = np.random.default_rng
+
+    def recorded(seed: tuple[int, ...]) -> np.random.Generator:
+        seeds.append(seed)
+        return draw(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", recorded)
+    pairs().in_epoch(Config(augment=True, fragments=4, seed=1), 2)
+    next(row_batches(N, 4, seed=1, start=2 * (N // 4)))
+    states = {tuple(np.random.SeedSequence(seed).generate_state(4).tolist()) for seed in seeds}
+    assert len(states) == len(seeds) == 6
