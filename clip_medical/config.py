@@ -113,7 +113,7 @@ class Config:
             ("checkpoint_every_steps", 1),
         ):
             value = getattr(self, name)
-            if isinstance(value, int) and value < lowest:
+            if isinstance(value, float) or (isinstance(value, int) and value < lowest):
                 raise UserError(f"--{name.replace('_', '-')} is {value}: give a whole number of {lowest} or more.")
         for name in ("lr", "alpha", "clip_norm", "lora_plus", "logit_scale_lr", "checkpoint_every_minutes"):
             if not 0 < getattr(self, name) < float("inf"):

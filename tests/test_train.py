@@ -281,6 +281,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unreadable image": (["--data", "{tmp}/damaged", "--batch-size", "4"], "3.png"),
     "batch larger than the data": (["--data", "{tmp}/good", "--batch-size", "500"], "--batch-size"),
     "rank 0": (["--rank", "0"], "--rank"),
+    "half a fragment": (["--fragments", "0.5"], "--fragments"),
     "rank above the width": (["--rank", "257"], "257"),
     "targets that match nothing": (["--targets", "query"], "query"),
     "a target that is no Linear": (["--targets", "layer_norm1"], "LayerNorm"),

@@ -8,6 +8,7 @@ import torch
 from clip_medical.config import Config
 from clip_medical.data.batches import Pairs, epochs
 from clip_medical.data.fragments import LONGEST, fragments
+from clip_medical.errors import UserError
 from clip_medical.training.losses import same_rows
 
 START, END = 1, 99
@@ -61,3 +62,9 @@ def test_equal_fragments_are_right_for_each_other() -> None:
     expected = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     cut = pairs.in_epoch(Config(), 0).fragments[0]
     assert same_rows(*cut.ids).equal(expected)
+
+
+def test_a_weight_of_an_older_run_is_no_number_of_fragments() -> None:
+    """Catches a config.json from when this was a weight, 0.5, that would end in a traceback of range()."""
+    with pytest.raises(UserError, match="--fragments is 0.5: give a whole number"):
+        Config(fragments=0.5)  # type: ignore[arg-type]
