@@ -16,8 +16,11 @@ plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right":
 
 
 def save_figure(figure: Any, file: Path) -> None:
+    """Write a figure whole or not at all, and forget it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, bbox_inches="tight", facecolor="white")
+    part = file.with_name(f".{file.name}")
+    figure.savefig(part, bbox_inches="tight", facecolor="white", format="png")
+    part.replace(file)
     plt.close(figure)
 
 
