@@ -26,6 +26,8 @@ BATCHES = (1, 3, 17)
 
 
 class ImageEncoder(nn.Module):
+    """Normalised pixels (N, 3, S, S) -> features (N, D), unit length."""
+
     def __init__(self, clip: Clip) -> None:
         super().__init__()
         self.tower, self.projection = clip.model.vision_model, clip.model.visual_projection
@@ -35,6 +37,8 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
+    """Token ids (N, L) and their mask (N, L) -> features (N, D), unit length."""
+
     def __init__(self, clip: Clip) -> None:
         super().__init__()
         self.tower, self.projection = clip.model.text_model, clip.model.text_projection
@@ -73,6 +77,7 @@ Case = tuple[dict[str, Tensor], Tensor]  # inputs of an encoder, and the feature
 
 @torch.no_grad()
 def image_cases(clip: Clip, pixels: Tensor) -> Iterator[Case]:
+    """Batches of several sizes, of pixels (N, 3, S, S) uint8."""
     for n in BATCHES:
         normalised = (pixels[:n].float() - clip.mean) / clip.std
         yield {"pixel_values": normalised}, clip.image_features(pixels[:n])

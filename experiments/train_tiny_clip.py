@@ -6,8 +6,8 @@ caption of some other phantom. Two phases: first both towers learn from whole ca
 (LiT, Zhai et al. 2022), the text tower learns to read fragments of captions too, as it must for labels and queries.
 
 The result, `clip_medical/assets/tiny-clip/`, is an ordinary Hugging Face CLIP folder; `training.json` in it says with
-what commands, seeds, times, hardware and versions it was made. Its phantoms were
-drawn by the code of that day; they have been improved since, so that training anew gives a like model, not the same.
+what commands, seeds, times, hardware and versions it was made. Its phantoms were drawn by the code of that day; they
+have been improved since, so that training anew gives a like model, not the same.
 """
 
 import argparse

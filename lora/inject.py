@@ -165,6 +165,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 class ParameterCount(NamedTuple):
+    """How many numbers are trained, of how many."""
+
     trainable: int  # numbers with requires_grad
     total: int  # numbers in the base model, the adapters left out
     percent: float  # 100 * trainable / total

@@ -91,6 +91,8 @@ MUTANTS = [
     Mutant("each fragment with the whole weight", BATCHES, "weight=1 / config.fragments", "weight=1", "tests/data/test_fragments.py"),
     Mutant("argmax on ties in zero-shot", ZERO_SHOT, "hits = (ranks(images[known], class_features(clip, facet, classes), *own).rank == 0).double()", "hits = ((images[known] @ class_features(clip, facet, classes).T).argmax(dim=1) == truth).double()", "tests/test_model.py"),
     Mutant("joint list: NaN comes first", STRESS, "    if scores.isnan().any():", "    if False:", "tests/experiments/test_stress_test.py"),
+    Mutant("views drawn with the numbers of a fragment", "clip_medical/data/augment.py", "(seed, epoch, 0, 1)", "(seed, epoch, 2)", "tests/data/test_augment.py"),
+    Mutant("peak of the parent taken for one's own", "clip_medical/training/memory.py", 'line.startswith("VmHWM")', 'line.startswith("none")', "tests/training/test_memory.py"),
     Mutant("fragment without its end", FRAGMENTS, "torch.where(column <= count,", "torch.where(column <= count + 1,", "tests/data/test_fragments.py"),
 ]  # fmt: skip
 

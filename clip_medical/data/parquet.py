@@ -21,6 +21,8 @@ CONNECTIONS = 8  # shards or row groups fetched from the Hub at a time
 
 
 class Shard(NamedTuple):
+    """One Parquet file, on disk or on the Hub."""
+
     path: str  # of a file, or hf://datasets/owner/name@commit/path
     version: str  # names the shard and its version, wherever it lies
 
@@ -35,6 +37,7 @@ class Group(NamedTuple):
 
 
 def local_shard(path: str) -> Shard:
+    """A file on disk; its version is where it lies, its size and when it was last changed."""
     status = os.stat(path)
     return Shard(path, f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}")
 

@@ -20,6 +20,8 @@ Vector = tuple[float, float, float]
 
 
 class Modality(NamedTuple):
+    """What a caption may say of a kind of scanner."""
+
     words: tuple[str, ...]
     views: tuple[str, str]  # the first shows left and right, the second (seen from the side) head and feet
     techniques: tuple[str, ...]
@@ -180,6 +182,8 @@ TEMPLATES = (
 
 
 class Phantom(NamedTuple):
+    """A picture of a body that never was, and the truth about it."""
+
     image: Image.Image  # mode "L", 128 x 128
     caption: str
     labels: dict[str, str]  # modality, anatomy, finding, view, technique, place, size ("" where there is none)

@@ -43,6 +43,8 @@ OPENINGS = ("a picture of {}.", "{}.", "an image showing {}.", "there is {}.", "
 
 
 class Scene(NamedTuple):
+    """A picture of coloured shapes, and the truth about it."""
+
     image: Image.Image  # mode "RGB", 112 x 112
     caption: str
     labels: dict[str, str]  # colour, shape, texture of the first object, and the place where it lies

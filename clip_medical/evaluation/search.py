@@ -49,6 +49,8 @@ class Item(NamedTuple):
 
 
 class Added(NamedTuple):
+    """How many of the pictures that were offered to an index are of which kind."""
+
     new: int
     known: int  # names that the index has already: not read again
     duplicates: int  # pictures that it has under another name

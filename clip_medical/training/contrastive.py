@@ -137,6 +137,7 @@ def random_state(device: torch.device) -> RandomState:
 
 
 def restore(state: RandomState) -> None:
+    """Put back what `random_state` took."""
     on_cpu, on_device = state
     torch.set_rng_state(on_cpu)
     if on_device is not None:

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
+    """How many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -4,6 +4,7 @@ import torch
 
 
 def choose_device() -> torch.device:
+    """A GPU where there is one; it is this process's own under torchrun."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
