@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -38,12 +39,19 @@ def parse(kind: type[Options], arguments: list[str], command: str, default: Opti
 
 
 def exit_code(name: str, action: Callable[[], int]) -> int:
-    """Do `action` and return its exit code; 2 for the user's mistake, told in one sentence; 130 for Ctrl-C."""
+    """Do `action` and return its exit code; 2 for the user's mistake, told in one sentence; 130 for Ctrl-C,
+    141 where nobody reads on, as after `| head`."""
     try:
-        return action()
+        try:
+            return action()
+        finally:
+            sys.stdout.flush()
     except (UserError, LoRAError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more, and complain
+        return 141

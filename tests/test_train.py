@@ -316,6 +316,16 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(
     assert not (tmp_path / "runs").exists() and not (tmp_path / "nothing").exists()
 
 
+def test_a_reader_who_goes_away_gets_no_traceback() -> None:
+    """Catches the traceback of `python train.py --help | head -1`."""
+    command = [sys.executable, "train.py", "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141
+
+
 def test_a_folder_that_holds_a_run_is_not_written_over(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
