@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from clip_medical.data.images import decode, resize_and_crop
 from clip_medical.errors import UserError
 from clip_medical.provenance import weights_fingerprint
+from clip_medical.quick_gelu import use_quick_gelu
 
 TINY = Path(__file__).parent / "assets" / "tiny-clip"
 
@@ -39,6 +40,7 @@ class Clip:
         revision: str | None = None,
     ) -> None:
         self.model = model.eval()
+        use_quick_gelu(model)
         self.tokenizer = tokenizer
         self.image_processor = picture  # kept for export; the arithmetic below is our own
         self.name = name

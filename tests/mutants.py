@@ -49,6 +49,7 @@ MUTANTS = [
     Mutant("ties count for the model", RETRIEVAL, "similarity.numpy() >= best[:, None].numpy(), axis=1)", "similarity.numpy() > best[:, None].numpy(), axis=1) + 1", "tests/evaluation"),
     Mutant("NaN accepted", RETRIEVAL, "if features.numel() and not torch.stack(features.aminmax()).isfinite().all():", "if False:", "tests/evaluation"),
     Mutant("random state not replayed", CONTRASTIVE, "        restore(state)\n", "", "tests/training/test_contrastive.py"),
+    Mutant("slope of QuickGELU left out of its gradient", "clip_medical/quick_gelu.py", "z = SLOPE * x", "z = x.clone()", "tests/test_quick_gelu.py"),
     Mutant("shortest captions first", CONTRASTIVE, "descending=not one_chunk", "descending=False", "tests/training/test_contrastive.py"),
     Mutant("captions left in order of length", CONTRASTIVE, "sorted_texts[by_length.argsort()]", "sorted_texts", "tests/training/test_contrastive.py"),
     Mutant("schedule counts skipped steps", LEARNER, "if self.scaler.get_scale() >= before:", "if True:", "tests/training/test_learner.py"),

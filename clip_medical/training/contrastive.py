@@ -47,8 +47,8 @@ def contrastive_backward(
     own = rows[distributed.share(rows)]
     # Captions are encoded in order of length and padded to the longest of their own chunk. The loss does not know: it
     # sees the features in the order of the batch. Radiology captions fill less than half of their 77 tokens on average.
-    # In chunks the longest go first: what they leave free in memory fits all that follow. The other way round each chunk
-    # is a little too large for the room left by the one before, and a CPU's heap grows with the batch.
+    # In chunks the longest go first: what they leave free in memory fits all that follow. The other way round each
+    # chunk is a little too large for the room left by the one before, and a CPU's heap grows with the batch.
     text_chunk = min(chunk_size, captions_at_a_time(len(own)))
     encoders: list[Encode] = [_image_chunk(clip, pairs, r) for r in own.split(chunk_size)]
     one_chunk = len(encoders) == 1
