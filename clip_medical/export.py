@@ -190,6 +190,7 @@ def push(folder: Path, name: str, confirmed: bool) -> None:
 
 
 def main() -> int:
+    """The command line; returns the exit code."""
     command = "python -m clip_medical.export"
     return command_line.exit_code("export", lambda: run(command_line.parse(Export, sys.argv[1:], command)))
 
