@@ -16,6 +16,7 @@ from clip_medical.data.images import decode, resize_and_crop
 from clip_medical.errors import UserError
 from clip_medical.provenance import weights_fingerprint
 from clip_medical.quick_gelu import use_quick_gelu
+from clip_medical.towers import image_tower, text_tower
 
 TINY = Path(__file__).parent / "assets" / "tiny-clip"
 
@@ -40,6 +41,7 @@ class Clip:
         revision: str | None = None,
     ) -> None:
         self.model = model.eval()
+        model.set_attn_implementation("sdpa")  # eager attention would not know that text is causal: see towers.py
         use_quick_gelu(model)
         self.tokenizer = tokenizer
         self.image_processor = picture  # kept for export; the arithmetic below is our own
@@ -70,17 +72,15 @@ class Clip:
     def image_features(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, D). Normalised on the device: a byte a value is all that has to travel there."""
         inputs = (pixels.to(self.device).float() - self.mean) / self.std
-        pooled = self.model.vision_model(pixel_values=inputs.to(self.model.dtype)).pooler_output
+        pooled = image_tower(self.model.vision_model, inputs.to(self.model.dtype))
         # our own projection: what get_image_features returns differs between versions of transformers
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     def text_features(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """(N, L) and (N,) -> (N, D). Padding beyond the longest of these N is left out: CLIP's text is causal, so that
         what follows the end token changes nothing."""
-        longest = int(lengths.max())
-        ids = ids[:, :longest].to(self.device)
-        mask = torch.arange(longest, device=self.device) < lengths.to(self.device)[:, None]
-        pooled = self.model.text_model(input_ids=ids, attention_mask=mask.long()).pooler_output
+        ids, lengths = ids[:, : int(lengths.max())].to(self.device), lengths.to(self.device)
+        pooled = text_tower(self.model.text_model, ids, lengths)
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
 
     @torch.no_grad()

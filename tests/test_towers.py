@@ -1,0 +1,87 @@
+"""The towers that compute one token in their last layer are those of transformers, in values and in gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from clip_medical import load_clip
+from clip_medical.model import TINY, Clip
+from clip_medical.towers import image_tower, text_tower
+from lora import adapter_parameters, inject
+
+LENGTHS = torch.tensor([7, 3, 9, 2])  # with start and end token; the rest of nine is padding
+END = 11
+
+
+def a_clip(layers: int, targets: tuple[str, ...]) -> CLIPModel:
+    """A small CLIP with adapters whose B is not zero, so that a gradient reaches A too."""
+    torch.manual_seed(0)
+    tower: dict[str, Any] = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=3)
+    text = tower | dict(vocab_size=END + 1, max_position_embeddings=9, eos_token_id=END)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=tower | dict(image_size=64, patch_size=16))).double()
+    inject(model, targets, rank=2)
+    for parameter in adapter_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def token_ids() -> Tensor:
+    ids = torch.randint(0, END, (len(LENGTHS), 9), generator=torch.Generator().manual_seed(0))
+    return torch.where(torch.arange(9) < LENGTHS[:, None] - 1, ids, END)
+
+
+def gradients(model: CLIPModel, features: Tensor) -> list[Tensor]:
+    """Of one number that every entry of the features takes part in, with respect to A and B of all layers."""
+    weights = torch.randn(features.shape, dtype=features.dtype, generator=torch.Generator().manual_seed(1))
+    # those of the other tower get none
+    found = torch.autograd.grad((features * weights).sum(), adapter_parameters(model), allow_unused=True)
+    return [g for g in found if g is not None]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")])
+def test_both_towers_equal_those_of_transformers(layers: int, targets: tuple[str, ...]) -> None:
+    """Mistake: another token's query or residual, keys of the read token alone, text that sees behind its end, a norm
+    or the last layer's adapter passed over."""
+    model, ids = a_clip(layers, targets), token_ids()
+    pixels = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(9) < LENGTHS[:, None]).long()
+    for ours, theirs in (
+        (image_tower(model.vision_model, pixels), model.vision_model(pixel_values=pixels).pooler_output),
+        (text_tower(model.text_model, ids, LENGTHS), model.text_model(ids, attention_mask=mask).pooler_output),
+    ):
+        torch.testing.assert_close(ours, theirs)
+        own, expected = gradients(model, ours), gradients(model, theirs)
+        assert len(own) == len(expected) == 2 * layers * len(targets)
+        for a, b in zip(own, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_what_follows_the_end_token_changes_nothing() -> None:
+    """Mistake: a text tower that looks at its padding, so that a caption's feature depends on its neighbours."""
+    model, ids = a_clip(2, ("q_proj",)), token_ids()
+    other = torch.where(torch.arange(9) < LENGTHS[:, None], ids, 0)
+    features = [text_tower(model.text_model, i, LENGTHS) for i in (ids, other)]
+    assert torch.equal(*features)
+
+
+def test_text_is_causal_under_any_attention_that_the_model_came_with() -> None:
+    """Mistake: `is_causal` told to eager attention, which takes a mask instead: the first token would see the last."""
+    eager = CLIPModel.from_pretrained(TINY, attn_implementation="eager").float()
+    clip = load_clip()
+    ids, lengths = clip.tokens(["axial CT of the chest", "knee"])
+    other = Clip(eager, clip.tokenizer, clip.image_processor, "eager")
+    torch.testing.assert_close(other.text_features(ids, lengths), clip.text_features(ids, lengths))
+
+
+def test_the_last_layer_computes_one_token_of_each_sequence() -> None:
+    """Mistake: the whole layer computed after all, and all but one token thrown away."""
+    model, seen = a_clip(2, ("q_proj",)), []
+    for tower in (model.vision_model, model.text_model):
+        tower.encoder.layers[-1].mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    image_tower(model.vision_model, torch.zeros(4, 3, 64, 64, dtype=torch.float64))
+    text_tower(model.text_model, token_ids(), LENGTHS)
+    assert seen == [(4, 24), (4, 24)]
