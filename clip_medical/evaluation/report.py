@@ -79,10 +79,20 @@ def environment() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return (
-        {"device": device, "machine": platform.machine(), "cores": str(os.cpu_count())}
+        {"device": device, "processor": _processor(), "cores": str(os.cpu_count())}
         | packages
         | {"python": platform.python_version()}
     )
+
+
+def _processor() -> str:
+    """The name that the processor gives itself, where the system tells (Linux), else its architecture."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        told = ""
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def percent(row: dict[str, float], key: str = "value") -> str:
