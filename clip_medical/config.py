@@ -18,7 +18,7 @@ class Config:
     data: str = "phantoms"
     """What to train on: "phantoms" (drawn on the spot), a folder of images with metadata.csv, a CSV, TSV or JSONL of
     image path and caption, Parquet, or a data set on the Hugging Face Hub. Given without a preset, the other flags
-    start from what suits real pictures (--lr 2e-3, --epochs 14, a fixed temperature) and not phantoms."""
+    start from what suits real pictures (--lr 2e-3, --epochs 14, --fragments 4, a fixed temperature), not phantoms."""
     revision: str | None = None
     """Commit, tag or branch of a data set on the Hub; default: its newest commit."""
     streaming: Literal["on", "off"] = "on"
@@ -135,7 +135,7 @@ RESUME_MAY_CHANGE = frozenset(
 PRESETS = {
     # Phantoms, in 3 minutes. Clean pictures and captions bear large steps and a temperature that follows.
     "demo": replace(Config(), epochs=13, lr=6e-3, fragments=2, train_logit_scale=True),
-    # ViT-B/32 on ROCOv2, for a 16 GB card. 256 pairs fit it without checkpointing.
+    # ViT-B/32 on ROCOv2, for a 16 GB card. 256 pairs fit it without checkpointing. More than one fragment: not tried.
     "roco": replace(
         Config(),
         data="eltorio/ROCOv2-radiology",
