@@ -73,7 +73,7 @@ def training(
         for name, contender in contenders.items():
             epochs[name].append(timed(device, lambda c: [c.step(b) for b in c.epoch()], contender))
 
-    flops = [count_flops(partial(ours.step, batch)) for batch in ready["ours"]]  # captions of a batch: longer or shorter
+    flops = [count_flops(partial(ours.step, batch)) for batch in ready["ours"]]  # captions differ in length
     rates = [flops[turn % len(flops)] / seconds for turn, seconds in enumerate(steps["ours"], start=1)]
     result: dict[str, Any] = {}
     for name in contenders:
