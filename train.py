@@ -31,7 +31,7 @@ from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.flight_check import flight_check
 from clip_medical.training.job import Job
 from clip_medical.training.learner import Learner
-from clip_medical.training.memory import GIB, make_plan, out_of_memory_in_words, peak_memory
+from clip_medical.training.memory import GIB, keep_freed_memory, make_plan, out_of_memory_in_words, peak_memory
 from clip_medical.training.precision import choose_device, choose_precision
 from clip_medical.training.progress import METRICS, Progress, StopRequest, timed, waiting_share
 from lora import adapter_parameters, count_parameters, disabled, inject
@@ -41,6 +41,8 @@ def run(preset: str, config: Config) -> int:
     """One adapter from start to report. Returns the exit code: 0 done, 130 stopped by hand with the work saved."""
     folder = distributed.from_rank_0(lambda: choose_folder(preset, config))
     device = choose_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype, why = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
 

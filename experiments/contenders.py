@@ -25,6 +25,7 @@ from clip_medical.data.batches import Pairs
 from clip_medical.data.phantoms import phantom
 from clip_medical.model import Clip, load_clip
 from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.memory import keep_freed_memory
 from lora import LoRALinear, adapter_parameters, inject
 
 RANK, ALPHA, LR = 8, 16, 1e-4
@@ -69,6 +70,8 @@ class Ours:
     name = "this project"
 
     def __init__(self, rows: Sequence[Row], batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()  # as train.py does; where they share a process, the others gain by it as well
         tokenizer, picture = load_clip().tokenizer, CLIPImageProcessor()
         model: Any = vit_b_32(tokenizer)
         model.to(device=device, dtype=dtype)

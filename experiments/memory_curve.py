@@ -30,7 +30,7 @@ from clip_medical.model import Clip, load_clip
 from clip_medical.runs import write_text
 from clip_medical.training.contrastive import LOGITS, contrastive_backward
 from clip_medical.training.learner import Learner
-from clip_medical.training.memory import GIB, make_plan, memory_in_use, peak_memory
+from clip_medical.training.memory import GIB, keep_freed_memory, make_plan, memory_in_use, peak_memory
 from clip_medical.training.precision import choose_device
 from experiments import figures
 from experiments.benchmark_parts import fresh_process
@@ -67,6 +67,8 @@ def made_pairs(clip: Clip, count: int, seed: int) -> Pairs:
 def step_peak(batch: int, chunk: int, seed: int) -> int:
     """Bytes that steps of the tiny CLIP take at their height, beyond model, pairs and libraries."""
     clip = load_clip(device=choose_device())
+    if clip.device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     inject(clip.model)
     clip.model.train()
     pairs = made_pairs(clip, batch, seed)

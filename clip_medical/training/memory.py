@@ -4,6 +4,7 @@ Memory grows along a straight line with the pairs that are encoded at a time, so
 large chunk will end. On a GPU they ask its allocator; on a CPU, which keeps no such books, they count live tensors.
 """
 
+import ctypes
 import os
 import sys
 import weakref
@@ -173,6 +174,18 @@ def out_of_memory_in_words(job: Any) -> Iterator[None]:
             f"out of memory in step {job.done + 1}, with {batch} pairs {plan.in_words(batch)}: "
             f"give {' or '.join(flags)}; what is learned stays the same, and --resume goes on from the last checkpoint."
         ) from error
+
+
+def keep_freed_memory() -> None:
+    """On Linux, let the C library keep the memory of dropped tensors for the next ones. For the rest of the process.
+
+    glibc gives large pieces back to the system and asks for them again at the next tensor, whose every page is then
+    cleared and mapped anew at its first touch: a twentieth of a step of ViT-B/32 on two cores.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+    if sys.platform == "linux" and hasattr(c_library := ctypes.CDLL(None), "mallopt"):
+        c_library.mallopt(mmap_max, 0)
+        c_library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def memory_limit(device: torch.device) -> int:

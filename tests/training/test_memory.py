@@ -99,3 +99,19 @@ def test_a_process_has_its_own_peak() -> None:
     code = "import torch; from clip_medical.training.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert peak < len(held) < memory.peak_memory(torch.device("cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is kept is glibc's")
+def test_freed_memory_is_kept_for_the_next_tensor() -> None:
+    """Catches memory that is given back after each tensor, and asked for again, page by page, at the next."""
+    code = """
+import torch
+from clip_medical.training.memory import keep_freed_memory, memory_in_use
+keep_freed_memory()
+before = memory_in_use(torch.device("cpu"))
+for _ in range(3):
+    torch.ones(2**24)  # 64 MiB, dropped at once
+kept = memory_in_use(torch.device("cpu")) - before
+assert 2**25 < kept < 2**27, kept
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
