@@ -4,11 +4,15 @@ A body is a list of ellipsoids, as in the head phantom of Shepp and Logan (1974)
 the tissue for the property that it measures (`TISSUES`) and adds the artefacts by which its pictures are known.
 The pictures are caricatures made to teach and to test; they show nobody.
 
+All arrays are float32: a pixel of the picture has 8 bits.
+
 Axes, in units of half the field of view: x runs to the patient's left, y to the back, z to the feet. Pictures follow
 the radiological convention: the patient's left is on the right-hand side.
 """
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -70,11 +74,14 @@ PLANES = {
 }
 
 
+GRID = np.linspace(-1, 1, SIZE, dtype=np.float32)
+
+
 def _grid(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (SIZE, SIZE) of the pixels, as the patient lies: a little turned, shifted and scaled."""
-    right, down = np.meshgrid(*[np.linspace(-1, 1, SIZE, dtype=np.float32)] * 2)
+    right, down = GRID, GRID[:, None]
     angle, zoom = rng.normal(0, 0.05), rng.uniform(0.93, 1.12)
-    cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
+    cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
     return cos * right - sin * down + rng.normal(0, 0.03), sin * right + cos * down + rng.normal(0, 0.03)
 
 
@@ -95,11 +102,13 @@ def _slice(body: Sequence[Ellipsoid], view: str, at: float, right: np.ndarray, d
     return tissue
 
 
-def _smooth(noise: np.ndarray, passes: int, axis: int | None = None) -> np.ndarray:
-    """Noise with neighbours mixed by a [1 2 1] / 4 filter, brought back to unit variance."""
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], passes: int) -> np.ndarray:
+    """Gaussian noise with neighbours mixed by a [1 2 1] / 4 filter `passes` times, brought back to unit variance."""
+    height, width = (side + 2 * passes for side in shape)
+    noise = rng.standard_normal((height, width), dtype=np.float32)
     for _ in range(passes):
-        for a in (0, 1) if axis is None else (axis,):
-            noise = (np.roll(noise, 1, a) + 2 * noise + np.roll(noise, -1, a)) / 4
+        noise = noise[:-2] + 2 * noise[1:-1] + noise[2:]
+        noise = noise[:, :-2] + 2 * noise[:, 1:-1] + noise[:, 2:]
     return noise / noise.std()
 
 
@@ -112,8 +121,9 @@ def xray(body: Sequence[Ellipsoid], view: str, at: float, technique: str, rng: n
     right, down = _grid(rng)
     path = np.zeros(right.shape, dtype=np.float32)
     for part in body:
-        chord = 2 * part.radii[PLANES[view][2]] * np.sqrt(np.maximum(0, 1 - _in_plane(part, view, right, down)))
-        path += chord * (TISSUES[part.tissue].attenuation - TISSUES[part.parent].attenuation)
+        chord = np.sqrt(np.maximum(0, 1 - _in_plane(part, view, right, down)))  # in the half axis of the ray
+        more = TISSUES[part.tissue].attenuation - TISSUES[part.parent].attenuation
+        path += 2 * part.radii[PLANES[view][2]] * more * chord
     photons = rng.poisson(4000 * np.exp(-3.5 * np.maximum(path, 0))) + 1
     film = np.log(4001 / photons)  # bone bright, air dark
     low, high = np.percentile(film, (2, 99.5))
@@ -132,7 +142,7 @@ def ct(body: Sequence[Ellipsoid], view: str, at: float, technique: str, rng: np.
     if view == "axial":  # the table: two thin arcs of plastic behind the back
         arc = down - 0.86 + 0.12 * right**2
         units = np.where((np.abs(arc) < 0.015) & (np.abs(right) < 0.8), 60, units)
-    units = units + 14 * _smooth(rng.standard_normal(units.shape), 1)
+    units = units + 14 * _noise(rng, units.shape, 1)
     level, width = CT_WINDOWS[technique]
     return np.clip((units - level) / width + 0.5, 0, 1)
 
@@ -143,15 +153,17 @@ MRI_TIMES = {"T1-weighted": (500, 12), "T2-weighted": (3500, 95)}  # repetition 
 def mri(body: Sequence[Ellipsoid], view: str, at: float, technique: str, rng: np.random.Generator) -> np.ndarray:
     """Spin echo: PD (1 - exp(-TR/T1)) exp(-TE/T2), under a coil's smooth bias field, with Rician noise."""
     right, down = _grid(rng)
-    tissue = PROPERTIES[_slice(body, view, at, right, down)]
-    t1, t2, density = (tissue[..., Tissue._fields.index(k)] for k in ("t1", "t2", "proton_density"))
+    t1, t2, density = (PROPERTIES[:, Tissue._fields.index(k)] for k in ("t1", "t2", "proton_density"))
     tr, te = MRI_TIMES[technique]
-    signal = density * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
-    a, b, c = rng.normal(0, 0.15, 3)
-    signal = signal * np.exp(a * right + b * down + c * right * down)
-    real, imaginary = rng.normal(0, 0.018, (2, *signal.shape))  # a magnitude of two noisy channels: never below zero
-    magnitude = np.hypot(signal + real, imaginary)
+    of_tissue = density * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
+    a, b, c = rng.normal(0, 0.15, 3).tolist()
+    signal = of_tissue[_slice(body, view, at, right, down)] * np.exp(a * right + b * down + c * right * down)
+    real, imaginary = 0.018 * rng.standard_normal((2, *signal.shape), dtype=np.float32)
+    magnitude = np.sqrt((signal + real) ** 2 + imaginary**2)  # of two noisy channels: never below zero
     return np.clip(magnitude / np.percentile(magnitude, 99.3), 0, 1)
+
+
+BEAMS, DEPTHS = 96, 160
 
 
 def ultrasound(body: Sequence[Ellipsoid], view: str, at: float, technique: str, rng: np.random.Generator) -> np.ndarray:
@@ -159,31 +171,36 @@ def ultrasound(body: Sequence[Ellipsoid], view: str, at: float, technique: str, 
 
     Computed on a grid of beams and depths, then drawn as a sector (curved probe) or a rectangle (linear probe).
     """
-    curved = technique == "curved probe"
+    depths, right, down, shown_at, inside = _probe(technique == "curved probe")
     skin = min(part.centre[1] - part.radii[1] for part in body) + 0.02
-    beams, depths = np.meshgrid(np.linspace(-1, 1, 96), np.linspace(0, 1.55, 160))
-    if curved:
-        right, down = (0.45 + depths) * np.sin(0.75 * beams), skin - 0.45 + (0.45 + depths) * np.cos(0.75 * beams)
-    else:
-        right, down = 0.72 * beams, skin + depths
-    tissue = _slice(body, view, at, right, down)
-    gel = np.cumsum(tissue, axis=0) == 0  # outside the skin lies coupling gel, not air: it neither echoes nor absorbs
+    tissue = _slice(body, view, at, right, skin + down)
+    # outside the skin lies coupling gel, not air: it neither echoes nor absorbs
+    gel = ~np.logical_or.accumulate(tissue > 0, axis=0)
     echo, absorption = (np.where(gel, 0, PROPERTIES[tissue, Tissue._fields.index(k)]) for k in ("echo", "absorption"))
     step = depths[1, 0]
-    survives = np.exp(-np.cumsum(absorption * step, axis=0))
-    survives = np.vstack([np.ones((1, 96)), survives[:-1]])
+    survives = np.exp(-step * np.cumsum(absorption, axis=0))
+    survives = np.vstack([np.ones_like(survives[:1]), survives[:-1]])
     gain = np.exp(0.55 * depths)  # for the usual loss with depth: what lies behind fluid, where none is lost, is bright
     edges = np.abs(np.diff(echo, axis=0, prepend=echo[:1])) * 0.6
-    speckle = np.hypot(*(_smooth(rng.standard_normal(echo.shape), 2) for _ in range(2)))  # Rayleigh: two quadratures
-    amplitude = (echo * speckle + edges) * survives * gain + 0.004 * rng.rayleigh(size=echo.shape)
+    speckle = np.sqrt(sum(_noise(rng, echo.shape, 2) ** 2 for _ in range(2)))  # Rayleigh: two quadratures
+    floor = 0.004 * np.sqrt(2 * rng.standard_exponential(echo.shape, dtype=np.float32))  # Rayleigh again
+    amplitude = (echo * speckle + edges) * survives * gain + floor
     shown = np.clip(1 + np.log10(amplitude + 1e-4) / 2, 0, 1) * 0.8  # log compression, 40 dB
+    return np.where(inside, shown[shown_at], 0)
 
-    across, below = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(0, 1.6, SIZE))  # scan conversion
+
+@cache
+def _probe(curved: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """What is the same in all pictures of a probe: its depths (DEPTHS, 1), where its beams run, right and down from
+    the skin (DEPTHS, BEAMS); and of each pixel the depth and beam that it shows, and whether it shows one."""
+    beams, depths = np.linspace(-1, 1, BEAMS, dtype=np.float32), np.linspace(0, 1.55, DEPTHS, dtype=np.float32)[:, None]
+    across, below = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(0, 1.6, SIZE))
     if curved:
-        radius = np.hypot(across, below + 0.45)
-        beam, depth = np.arctan2(across, below + 0.45) / 0.75, radius - 0.45
+        right, down = (0.45 + depths) * np.sin(0.75 * beams), (0.45 + depths) * np.cos(0.75 * beams) - 0.45
+        beam, depth = np.arctan2(across, below + 0.45) / 0.75, np.hypot(across, below + 0.45) - 0.45
     else:
+        right, down = np.broadcast_arrays(0.72 * beams, depths)
         beam, depth = across / 0.72, below
-    i, j = np.rint(depth / step).astype(int), np.rint((beam + 1) * 47.5).astype(int)
-    inside = (i >= 0) & (i < 160) & (j >= 0) & (j < 96)
-    return np.where(inside, shown[np.clip(i, 0, 159), np.clip(j, 0, 95)], 0)
+    i, j = np.rint(depth / depths[1, 0]).astype(int), np.rint((beam + 1) * (BEAMS - 1) / 2).astype(int)
+    inside = (i >= 0) & (i < DEPTHS) & (j >= 0) & (j < BEAMS)
+    return depths, right, down, (i.clip(0, DEPTHS - 1), j.clip(0, BEAMS - 1)), inside
