@@ -54,6 +54,7 @@ MUTANTS = [
     Mutant("text that sees ahead below the last layer", "clip_medical/towers.py", "None, is_causal=True", "None", "tests/test_towers.py"),
     Mutant("attention left as the model came", MODEL, '        model.set_attn_implementation("sdpa")', '        # model.set_attn_implementation("sdpa")', "tests/test_towers.py"),
     Mutant("slope of QuickGELU left out of its gradient", "clip_medical/quick_gelu.py", "z = SLOPE * x", "z = x.clone()", "tests/test_quick_gelu.py"),
+    Mutant("freed memory given back", "clip_medical/training/memory.py", "c_library.mallopt(mmap_max, 0)", "pass", "tests/training/test_memory.py"),
     Mutant("shortest captions first", CONTRASTIVE, "descending=not one_chunk", "descending=False", "tests/training/test_contrastive.py"),
     Mutant("captions left in order of length", CONTRASTIVE, "sorted_texts[by_length.argsort()]", "sorted_texts", "tests/training/test_contrastive.py"),
     Mutant("schedule counts skipped steps", LEARNER, "if self.scaler.get_scale() >= before:", "if True:", "tests/training/test_learner.py"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from clip_medical.data.dicom import is_dicom, read_dicom
 from clip_medical.errors import UserError
@@ -70,7 +70,8 @@ def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # which would be copied, were it not asked first
     except Exception:  # sound pixels beside damaged EXIF data are common: such an image has no known orientation
         return image
 
@@ -85,8 +86,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB") or image
     if image.mode in ("1", "L"):
-        return image.convert("L")
-    image = image.convert("RGB")
+        return image if image.mode == "L" else image.convert("L")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     red, green, blue = (band.tobytes() for band in image.split())
     return image.getchannel(0) if red == green == blue else image  # grey in disguise: a third of the work from here on
 
