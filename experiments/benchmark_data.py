@@ -12,7 +12,6 @@ process of its own. Written to experiments/results/benchmark_data.json with comm
 """
 
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -20,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from clip_medical.errors import UserError
 from clip_medical.evaluation.report import environment
 from clip_medical.model import Clip
 from clip_medical.training import memory
+from experiments.benchmark_parts import fresh_process
 
 RESULT = Path(__file__).parent / "results" / "benchmark_data.json"
 SIZE, BATCH = 224, 64  # ViT-B/32's pixels; pairs
@@ -157,18 +156,13 @@ def peak_memory(folder: Path, count: int) -> float:
         shards = sorted(folder.glob("*.parquet"))
         for number in range(-(-count // SHARD)):
             os.link(shards[number % len(shards)], Path(copies) / f"train-{number:05}.parquet")
-        return _in_own_process(_measure_memory, Path(copies))
+        return fresh_process(_measure_memory, Path(copies))
 
 
 def _measure_memory(folder: Path) -> float:
     os.environ[ROOT_VARIABLE] = str(folder / "cache")
     epoch(ours(folder, small_clip()))
     return memory.peak_memory(torch.device("cpu")) / 1e6
-
-
-def _in_own_process(function: Callable[[Path], float], folder: Path) -> float:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, (folder,))
 
 
 def run(options: Options) -> int:

@@ -9,13 +9,11 @@ own for each. Written to experiments/results/benchmark_retrieval.json with comma
 """
 
 import json
-import multiprocessing
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from clip_medical.evaluation.retrieval import pair_ranks
 from clip_medical.evaluation.search import COLUMNS, Index
 from clip_medical.runs import write_text
 from clip_medical.training.memory import peak_memory
+from experiments.benchmark_parts import fresh_process
 
 RESULT = Path(__file__).parent / "results" / "benchmark_retrieval.json"
 WIDTH = 512  # of the features of ViT-B/32
@@ -105,21 +104,16 @@ def search(pictures: int, seed: int) -> dict[str, Any]:
     }
 
 
-def in_own_process(function: Callable[..., dict[str, Any]], *arguments: int) -> dict[str, Any]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def run(options: Options) -> int:
     result: dict[str, Any] = {"command": shlex.join(["python", "-m", "experiments.benchmark_retrieval", *sys.argv[1:]])}
     result |= {"seed": options.seed, "width": WIDTH, "environment": environment()}
     for name, pairs, repeats in (("whole", options.pairs, options.repeats), ("large", options.large, 1)):
-        found = result[name] = in_own_process(recall, pairs, repeats, options.seed)
+        found = result[name] = fresh_process(recall, pairs, repeats, options.seed)
         print(
             f"{name} pool   {pairs:,} x {pairs:,}, both ways: {found['seconds']:.2f} s, "
             f"{found['megabytes']:,.0f} MB beyond the features"
         )
-    found = result["search"] = in_own_process(search, options.pictures, options.seed)
+    found = result["search"] = fresh_process(search, options.pictures, options.seed)
     print(
         f"search       {options.pictures:,} pictures: {found['milliseconds']:.1f} ms a query, the longest of {QUERIES} "
         f"{found['longest_milliseconds']:.1f} ms, after {found['load_seconds']:.1f} s to load"
