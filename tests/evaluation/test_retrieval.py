@@ -291,7 +291,7 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from experiments import benchmark_retrieval as benchmark
 
     monkeypatch.setattr(benchmark, "RESULT", tmp_path / "results" / "benchmark.json")
-    monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(benchmark, "fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr("sys.argv", ["benchmark", "--pairs", "30", "--large", "40", "--pictures", "50"])
     assert benchmark.main() == 0
     found = json.loads((tmp_path / "results" / "benchmark.json").read_text())
