@@ -103,15 +103,15 @@ def test_a_process_has_its_own_peak() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is kept is glibc's")
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
-    """Catches memory that is given back after each tensor, and asked for again, page by page, at the next."""
+    """Catches memory that is given back after each tensor, and memory that is kept but never used again."""
     code = """
 import torch
 from clip_medical.training.memory import keep_freed_memory, memory_in_use
 keep_freed_memory()
 before = memory_in_use(torch.device("cpu"))
-for _ in range(3):
+for _ in range(10):
     torch.ones(2**24)  # 64 MiB, dropped at once
 kept = memory_in_use(torch.device("cpu")) - before
-assert 2**25 < kept < 2**27, kept
+assert 2**25 < kept < 2**28, kept  # of the 640 MiB taken in all: some is kept, and it is taken again
 """
     subprocess.run([sys.executable, "-c", code], check=True)
