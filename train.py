@@ -41,8 +41,7 @@ def run(preset: str, config: Config) -> int:
     """One adapter from start to report. Returns the exit code: 0 done, 130 stopped by hand with the work saved."""
     folder = distributed.from_rank_0(lambda: choose_folder(preset, config))
     device = choose_device()
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     dtype, why = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
 

@@ -70,8 +70,7 @@ class Ours:
     name = "this project"
 
     def __init__(self, rows: Sequence[Row], batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        if device.type == "cpu":
-            keep_freed_memory()  # as train.py does; where they share a process, the others gain by it as well
+        keep_freed_memory(device)  # as train.py does; where they share a process, the others gain by it as well
         tokenizer, picture = load_clip().tokenizer, CLIPImageProcessor()
         model: Any = vit_b_32(tokenizer)
         model.to(device=device, dtype=dtype)

@@ -67,8 +67,7 @@ def made_pairs(clip: Clip, count: int, seed: int) -> Pairs:
 def step_peak(batch: int, chunk: int, seed: int) -> int:
     """Bytes that steps of the tiny CLIP take at their height, beyond model, pairs and libraries."""
     clip = load_clip(device=choose_device())
-    if clip.device.type == "cpu":
-        keep_freed_memory()  # as train.py does
+    keep_freed_memory(clip.device)  # as train.py does
     inject(clip.model)
     clip.model.train()
     pairs = made_pairs(clip, batch, seed)

@@ -107,11 +107,12 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     code = """
 import torch
 from clip_medical.training.memory import keep_freed_memory, memory_in_use
-keep_freed_memory()
-before = memory_in_use(torch.device("cpu"))
+cpu = torch.device("cpu")
+keep_freed_memory(cpu)
+before = memory_in_use(cpu)
 for _ in range(10):
     torch.ones(2**24)  # 64 MiB, dropped at once
-kept = memory_in_use(torch.device("cpu")) - before
+kept = memory_in_use(cpu) - before
 assert 2**25 < kept < 2**28, kept  # of the 640 MiB taken in all: some is kept, and it is taken again
 """
     subprocess.run([sys.executable, "-c", code], check=True)
