@@ -184,6 +184,8 @@ def start() -> dict[str, float]:
                 time.sleep(0.02)
             spent = time.perf_counter() - began
             demo.kill()
+        if not (metrics.is_file() and metrics.stat().st_size):
+            raise RuntimeError("the demo ended before its first step: run train.py to see why")
         return spent
 
     with TemporaryDirectory() as folder:
