@@ -4,8 +4,8 @@ A picture has a modality, an anatomy, a finding and a view. In one softmax over 
 anatomy take probability from each other, so that neither can be certain. Two ways of asking that are fair:
 
     within facets    a softmax for each facet, as if each were a question of its own: is its first answer right?
-    joint list       all labels in one list, ordered by cosine, or by the probability that each has within its facet:
-                     do the first five hold the true modality, and the true anatomy?
+    joint list       all labels in one list, ordered by similarity, or by the probability of each within its facet: do
+                     the first five hold the true modality, and the true anatomy?
 
 The labels are all that the data have, view included, and where these are fewer than 24, labels that are true of no
 picture here. The figures also show whether confidence can be believed (calibration) and what is taken for what.
@@ -22,15 +22,10 @@ from torch import Tensor
 from clip_medical.data.batches import prepare
 from clip_medical.data.sources import FACETS, Split
 from clip_medical.errors import UserError
-from clip_medical.evaluation.classification import (
-    classification_report,
-    confusion_of,
-    facet_probabilities,
-    hardest_confusions,
-)
+from clip_medical.evaluation.classification import classification_report, confusion_of, hardest_confusions
 from clip_medical.evaluation.report import as_text, encode
 from clip_medical.evaluation.retrieval import bootstrap_interval
-from clip_medical.evaluation.zero_shot import class_features
+from clip_medical.evaluation.zero_shot import class_scores, ranks_in_list
 from clip_medical.model import Clip
 from experiments import common, figures
 from experiments.common import line
@@ -84,16 +79,6 @@ def truths(split: Split, classes: dict[str, list[str]]) -> dict[str, Tensor]:
     }
 
 
-def ranks_in_list(scores: Tensor, column: Tensor) -> Tensor:
-    """(N,) how many other labels score as high as the label `column` (N,) of each row or higher; scores (N, L).
-
-    Raises ValueError on NaN: no comparison with it is true, so that every label would come first.
-    """
-    if scores.isnan().any():
-        raise ValueError("the scores contain NaN: an order of them would mean nothing")
-    return (scores >= scores.gather(1, column[:, None])).sum(dim=1) - 1
-
-
 def joint(scores: Tensor, truth: dict[str, Tensor], first: dict[str, int]) -> dict[str, Any]:
     """Share of rows whose true labels are among the FIRST of the joint list (N, L); first: facet -> its first column.
 
@@ -117,9 +102,9 @@ def joint(scores: Tensor, truth: dict[str, Tensor], first: dict[str, int]) -> di
 
 @torch.no_grad()
 def measure(clip: Clip, images: Tensor, classes: dict[str, list[str]], truth: dict[str, Tensor]) -> dict[str, Any]:
-    """One model: {"facets": facet -> classification_report, "joint": {"cosine", "facet": as `joint` gives it}}."""
-    probabilities = {facet: facet_probabilities(clip, facet, names, images) for facet, names in classes.items()}
-    cosines = torch.cat([images @ class_features(clip, facet, names).T for facet, names in classes.items()], dim=1)
+    """One model: {"facets": facet -> classification_report, "joint": {"score", "facet": as `joint` gives it}}."""
+    scores = {facet: class_scores(clip, facet, names, images) for facet, names in classes.items()}
+    probabilities = {facet: each.softmax(dim=1) for facet, each in scores.items()}
     facets = {}
     for facet, right in truth.items():
         known = right >= 0
@@ -128,11 +113,12 @@ def measure(clip: Clip, images: Tensor, classes: dict[str, list[str]], truth: di
     first, column = {}, 0
     for facet, names in classes.items():
         first[facet], column = column, column + len(names)
-    by_facet = torch.cat(list(probabilities.values()), dim=1)
-    return {"facets": facets, "joint": {"cosine": joint(cosines, truth, first), "facet": joint(by_facet, truth, first)}}
+    lists = {"score": scores, "facet": probabilities}
+    joined = {how: joint(torch.cat(list(each.values()), dim=1), truth, first) for how, each in lists.items()}
+    return {"facets": facets, "joint": joined}
 
 
-JOINT = {"cosine": "by cosine", "facet": "by probability in facet"}
+JOINT = {"score": "by similarity", "facet": "by probability in facet"}
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any], int]]:

@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_medical.evaluation.zero_shot import class_features
+from clip_medical.evaluation.zero_shot import class_scores
 from clip_medical.model import Clip
 
 Weights = np.ndarray  # (N,) how often each row was drawn in a bootstrap sample; all 1 for the sample itself
 
 
 def facet_probabilities(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
-    """(N, C): the softmax, at the model's own temperature, over the cosines of images (N, D) to the classes."""
-    scale = clip.model.logit_scale.detach().float().exp().cpu()
-    return (scale * images @ class_features(clip, facet, classes).T).softmax(dim=1)
+    """(N, C): the softmax, at the model's own temperature, over the classes for images (N, D)."""
+    return class_scores(clip, facet, classes, images).softmax(dim=1)
 
 
 def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequence[str]) -> dict[str, Any]:

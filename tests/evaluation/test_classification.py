@@ -125,8 +125,9 @@ def test_probabilities_use_the_temperature_of_the_model() -> None:
     from clip_medical.evaluation.zero_shot import class_features
 
     clip = load_clip()
-    images = class_features(clip, "modality", CLASSES)[:2]
+    features = class_features(clip, "modality", CLASSES)[:, 0]
+    images = features[:2]
     probabilities = facet_probabilities(clip, "modality", CLASSES, images)
-    cosines = (images @ class_features(clip, "modality", CLASSES).T).numpy()
+    cosines = (images @ features.T).numpy()
     by_hand = np.exp(clip.model.logit_scale.exp().item() * (cosines - 1))
     np.testing.assert_allclose(probabilities.numpy(), by_hand / by_hand.sum(axis=1, keepdims=True), rtol=1e-3)
