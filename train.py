@@ -4,6 +4,10 @@ Read `run` from top to bottom: data -> model -> inject -> loop -> report -> save
 lora/layer.py, what the loss is in clip_medical/training/losses.py; each flag is a field of clip_medical/config.py.
 """
 
+import gc
+
+gc.disable()  # while importing: a million objects that all stay, through which it would search again and again
+
 import json
 import math
 import os
@@ -35,6 +39,9 @@ from clip_medical.training.memory import GIB, keep_freed_memory, make_plan, out_
 from clip_medical.training.precision import choose_device, choose_precision
 from clip_medical.training.progress import METRICS, Progress, StopRequest, timed, waiting_share
 from lora import adapter_parameters, count_parameters, disabled, inject
+
+gc.freeze()
+gc.enable()
 
 
 def run(preset: str, config: Config) -> int:
