@@ -6,7 +6,7 @@ lora/layer.py, what the loss is in clip_medical/training/losses.py; each flag is
 
 import gc
 
-gc.disable()  # while importing: a million objects that all stay, through which it would search again and again
+gc.disable()  # while importing: 700,000 objects that all stay, through which it would search again and again
 
 import json
 import math

@@ -4,8 +4,8 @@ A picture has a modality, an anatomy, a finding and a view. In one softmax over 
 anatomy take probability from each other, so that neither can be certain. Two ways of asking that are fair:
 
     within facets    a softmax for each facet, as if each were a question of its own: is its first answer right?
-    joint list       all labels in one list, ordered by similarity, or by the probability of each within its facet: do
-                     the first five hold the true modality, and the true anatomy?
+    joint list       all labels in one list, ordered by the score that each has before the softmax, or by the
+                     probability after it: do the first five hold the true modality, and the true anatomy?
 
 The labels are all that the data have, view included, and where these are fewer than 24, labels that are true of no
 picture here. The figures also show whether confidence can be believed (calibration) and what is taken for what.
@@ -118,7 +118,7 @@ def measure(clip: Clip, images: Tensor, classes: dict[str, list[str]], truth: di
     return {"facets": facets, "joint": joined}
 
 
-JOINT = {"score": "by similarity", "facet": "by probability in facet"}
+JOINT = {"score": "by score", "facet": "by probability in facet"}
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any], int]]:

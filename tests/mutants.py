@@ -97,6 +97,7 @@ MUTANTS = [
     Mutant("the same fragment over and over", FRAGMENTS, "(seed, epoch, 1 + number)", "(seed, epoch, 1)", "tests/data/test_fragments.py"),
     Mutant("each fragment with the whole weight", BATCHES, "weight=1 / config.fragments", "weight=1", "tests/data/test_fragments.py"),
     Mutant("argmax on ties in zero-shot", ZERO_SHOT, "hits = (ranks_in_list(class_scores(clip, facet, classes, images[known]), truth) == 0).double()", "hits = (class_scores(clip, facet, classes, images[known]).argmax(dim=1) == truth).double()", "tests/test_model.py"),
+    Mutant("synonyms of one class counted to the next", ZERO_SHOT, "features.split([len(group) for group in groups])", "features.split(len(groups[0]))", "tests/test_model.py"),
     Mutant("modalities of an anatomy averaged", ZERO_SHOT, ".logsumexp(dim=2) - math.log(cosines.shape[2])", ".mean(dim=2)", "tests/test_model.py"),
     Mutant("joint list: NaN comes first", ZERO_SHOT, "    if not scores.isfinite().all():", "    if False:", "tests/experiments/test_stress_test.py"),
     Mutant("views drawn with the numbers of a fragment", "clip_medical/data/augment.py", "(seed, epoch, 0, 1)", "(seed, epoch, 2)", "tests/data/test_augment.py"),

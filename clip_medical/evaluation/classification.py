@@ -18,7 +18,7 @@ Weights = np.ndarray  # (N,) how often each row was drawn in a bootstrap sample;
 
 
 def facet_probabilities(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
-    """(N, C): the softmax, at the model's own temperature, over the classes for images (N, D)."""
+    """(N, C): the probabilities of the classes for images (N, D), at the model's own temperature."""
     return class_scores(clip, facet, classes, images).softmax(dim=1)
 
 

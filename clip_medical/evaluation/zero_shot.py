@@ -27,7 +27,7 @@ PROMPTS: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").re
 def sentences(facet: str, name: str) -> list[list[str]]:
     """What is said of a class: the groups of sentences of its facet, with each of the words for it, from prompts.json.
 
-    A class without words of its own there goes by its name.
+    A class without words of its own there goes by its name, read as it stands.
     """
     words = PROMPTS["words"].get(name.lower(), [name])
     filled = [[said.format(word) for said in group for word in words] for group in PROMPTS["sentences"][facet]]
@@ -44,7 +44,7 @@ def class_features(clip: Clip, facet: str, classes: Sequence[str]) -> Tensor:
 
 
 def class_scores(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
-    """(N, C): logits of images (N, D), unit length, whose softmax are the probabilities of the classes.
+    """(N, C): logits of images (N, D), unit length, whose softmax is the probabilities of the classes.
 
     With s the model's own temperature and a cosine to each of the G groups, log(mean over the groups of exp(s cosine)).
     """
