@@ -17,8 +17,9 @@ from clip_medical.data.batches import prepare
 from clip_medical.data.images import decode
 from clip_medical.data.sources import FACETS, Split
 from clip_medical.errors import UserError
-from clip_medical.evaluation.classification import classification_report, facet_probabilities
+from clip_medical.evaluation.classification import classification_report
 from clip_medical.evaluation.report import as_text, encode
+from clip_medical.evaluation.zero_shot import class_scores
 from experiments import common, figures
 from experiments.common import line
 
@@ -88,7 +89,7 @@ def measure_set(options: ZeroShot) -> int:
             rows = torch.tensor([row for row, name in enumerate(split.labels[facet]) if name in classes])
             truth = torch.tensor([classes.index(split.labels[facet][row]) for row in rows.tolist()])
             with torch.no_grad():
-                probabilities = facet_probabilities(clip, facet, classes, images[rows])
+                probabilities = class_scores(clip, facet, classes, images[rows]).softmax(dim=1)
             results[model][facet] = classification_report(probabilities, truth, classes)
     print(as_text(table(results)))
     common.save(setup, "zero_shot", results)

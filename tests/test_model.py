@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel
 
@@ -105,64 +104,3 @@ def test_what_is_no_clip_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: p
         load_clip(str(tmp_path))
     with pytest.raises(UserError, match="holds no adapter"):
         load_run(tmp_path / "nowhere")
-
-
-def test_class_features_are_normalised_averaged_and_normalised(clip: Clip) -> None:
-    """Catches the average of unit vectors used as it is: classes with sentences that disagree would be shorter."""
-    from clip_medical.evaluation.zero_shot import class_features, sentences
-
-    for facet, names in {"anatomy": ["knee", "hand"], "finding": ["cyst", "pneumonia"]}.items():
-        features = class_features(clip, facet, names)
-        for row, name in zip(features, names, strict=True):
-            for feature, group in zip(row, sentences(facet, name), strict=True):
-                by_hand = clip.encode_texts(group).mean(dim=0)
-                torch.testing.assert_close(feature, F.normalize(by_hand, dim=0), atol=1e-5, rtol=0)
-        torch.testing.assert_close(features.norm(dim=2), torch.ones(features.shape[:2]))
-
-
-def test_probabilities_of_groups_are_added(clip: Clip) -> None:
-    """Catches an anatomy that is the mean of its X-ray, CT, MRI and ultrasound, a picture of none of them."""
-    from clip_medical.evaluation.zero_shot import class_features, class_scores
-
-    names = ["knee", "hand", "chest"]
-    groups = class_features(clip, "anatomy", names)
-    images = F.normalize(groups[:, 1] + 0.3 * groups[:, 2], dim=1)
-    of_groups = (clip.model.logit_scale.exp() * images @ groups.flatten(0, 1).T).softmax(dim=1)
-    by_hand = torch.stack([of_groups[:, 4 * c : 4 * c + 4].sum(dim=1) for c in range(3)], dim=1)
-    torch.testing.assert_close(class_scores(clip, "anatomy", names, images).softmax(dim=1), by_hand)
-
-
-def test_the_sentences_of_a_class() -> None:
-    """Catches synonyms that are found in one spelling only, and sentences without a place for the word."""
-    from clip_medical.evaluation.zero_shot import PROMPTS, sentences
-
-    assert sentences("view", "frontal")[0][:2] == ["Frontal view.", "Frontal image."]
-    assert len(sentences("anatomy", "knee")) == 4, "a group for each modality"
-    assert sentences("finding", "PNEUMONIA") == sentences("finding", "pneumonia")
-    assert {"Pneumonia.", "Pulmonary infiltrate."} < set(sentences("finding", "Pneumonia")[0])
-    for facet, groups in PROMPTS["sentences"].items():
-        assert all(sentence.count("{}") == 1 for group in groups for sentence in group), facet
-    assert all(name == name.lower() for name in PROMPTS["words"]), "a name is looked up in lower case"
-
-
-def test_zero_shot_report_leaves_unknown_labels_out(clip: Clip) -> None:
-    """Catches rows without a label counted as wrong, and an accuracy that forgets rare classes."""
-    from clip_medical.evaluation.zero_shot import class_features, zero_shot_report
-
-    images = class_features(clip, "modality", ["CT", "MRI"])[[0, 0, 0, 1, 1], 0]
-    labels = {"modality": ["CT", "CT", "CT", "CT", ""], "unknown facet": ["a", "b", "a", "b", "a"]}
-    labels["modality"][2] = "MRI"
-    row = zero_shot_report(clip, images, labels)
-    assert list(row) == ["modality"] and row["modality"]["n"] == 4
-    assert row["modality"]["accuracy"] == 0.5  # two of three CT are right, the one MRI is not
-    assert row["modality"]["balanced_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
-
-
-def test_zero_shot_of_features_that_say_nothing(clip: Clip) -> None:
-    """Catches argmax on ties and on NaN, which names the first class: right wherever that is the commonest."""
-    from clip_medical.evaluation.zero_shot import zero_shot_report
-
-    labels = {"modality": ["CT"] * 8 + ["MRI"] * 2}
-    assert zero_shot_report(clip, torch.zeros(10, 128), labels)["modality"]["accuracy"] == 0
-    with pytest.raises(ValueError, match="NaN"):
-        zero_shot_report(clip, torch.full((10, 128), torch.nan), labels)

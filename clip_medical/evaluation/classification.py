@@ -11,15 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_medical.evaluation.zero_shot import class_scores
-from clip_medical.model import Clip
-
 Weights = np.ndarray  # (N,) how often each row was drawn in a bootstrap sample; all 1 for the sample itself
-
-
-def facet_probabilities(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
-    """(N, C): the probabilities of the classes for images (N, D), at the model's own temperature."""
-    return class_scores(clip, facet, classes, images).softmax(dim=1)
 
 
 def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Accuracy, AUROC and calibration: by hand, against scikit-learn and scipy, and against the ways to flatter."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -116,18 +115,3 @@ def test_hardest_confusions_by_hand() -> None:
     first, second = hardest_confusions(report)
     assert (first["truth"], first["named"], first["times"], first["n"]) == ("CT", "MRI", 3, 8)
     assert first["value"] == pytest.approx(3 / 8) and (second["truth"], second["named"]) == ("MRI", "CT")
-
-
-def test_probabilities_use_the_temperature_of_the_model() -> None:
-    """Catches a softmax over bare cosines: nearly flat, whatever the model knows."""
-    from clip_medical import load_clip
-    from clip_medical.evaluation.classification import facet_probabilities
-    from clip_medical.evaluation.zero_shot import class_features
-
-    clip = load_clip()
-    features = class_features(clip, "modality", CLASSES)[:, 0]
-    images = features[:2]
-    probabilities = facet_probabilities(clip, "modality", CLASSES, images)
-    cosines = (images @ features.T).numpy()
-    by_hand = np.exp(clip.model.logit_scale.exp().item() * (cosines - 1))
-    np.testing.assert_allclose(probabilities.numpy(), by_hand / by_hand.sum(axis=1, keepdims=True), rtol=1e-3)

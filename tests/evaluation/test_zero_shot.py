@@ -1,0 +1,89 @@
+"""Zero-shot classification: sentences to features to scores, by hand, and what features that say nothing get."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip_medical import load_clip
+from clip_medical.evaluation.zero_shot import (
+    PROMPTS,
+    class_features,
+    class_scores,
+    ranks_in_list,
+    sentences,
+    zero_shot_report,
+)
+from clip_medical.model import Clip
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return load_clip()
+
+
+def test_class_features_are_normalised_averaged_and_normalised(clip: Clip) -> None:
+    """Catches the average of unit vectors used as it is: classes with sentences that disagree would be shorter."""
+    for facet, names in {"anatomy": ["knee", "hand"], "finding": ["cyst", "pneumonia"]}.items():
+        features = class_features(clip, facet, names)
+        for row, name in zip(features, names, strict=True):
+            for feature, group in zip(row, sentences(facet, name), strict=True):
+                by_hand = clip.encode_texts(group).mean(dim=0)
+                torch.testing.assert_close(feature, F.normalize(by_hand, dim=0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(features.norm(dim=2), torch.ones(features.shape[:2]))
+
+
+def test_probabilities_of_groups_are_added(clip: Clip) -> None:
+    """Catches an anatomy that is the mean of its X-ray, CT, MRI and ultrasound, a picture of none of them."""
+    names = ["knee", "hand", "chest"]
+    groups = class_features(clip, "anatomy", names)
+    images = F.normalize(groups[:, 1] + 0.3 * groups[:, 2], dim=1)
+    of_groups = (clip.model.logit_scale.exp() * images @ groups.flatten(0, 1).T).softmax(dim=1)
+    by_hand = torch.stack([of_groups[:, 4 * c : 4 * c + 4].sum(dim=1) for c in range(3)], dim=1)
+    torch.testing.assert_close(class_scores(clip, "anatomy", names, images).softmax(dim=1), by_hand)
+
+
+def test_the_sentences_of_a_class() -> None:
+    """Catches synonyms that are found in one spelling only, and sentences without a place for the word."""
+    assert sentences("view", "frontal")[0][:2] == ["Frontal view.", "Frontal image."]
+    assert len(sentences("anatomy", "knee")) == 4, "a group for each modality"
+    assert sentences("finding", "PNEUMONIA") == sentences("finding", "pneumonia")
+    assert {"Pneumonia.", "Pulmonary infiltrate."} < set(sentences("finding", "Pneumonia")[0])
+    for facet, groups in PROMPTS["sentences"].items():
+        assert all(sentence.count("{}") == 1 for group in groups for sentence in group), facet
+    assert all(name == name.lower() for name in PROMPTS["words"]), "a name is looked up in lower case"
+
+
+def test_zero_shot_report_leaves_unknown_labels_out(clip: Clip) -> None:
+    """Catches rows without a label counted as wrong, and an accuracy that forgets rare classes."""
+    images = class_features(clip, "modality", ["CT", "MRI"])[[0, 0, 0, 1, 1], 0]
+    labels = {"modality": ["CT", "CT", "CT", "CT", ""], "unknown facet": ["a", "b", "a", "b", "a"]}
+    labels["modality"][2] = "MRI"
+    row = zero_shot_report(clip, images, labels)
+    assert list(row) == ["modality"] and row["modality"]["n"] == 4
+    assert row["modality"]["accuracy"] == 0.5  # two of three CT are right, the one MRI is not
+    assert row["modality"]["balanced_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_zero_shot_of_features_that_say_nothing(clip: Clip) -> None:
+    """Catches argmax on ties and on NaN, which names the first class: right wherever that is the commonest."""
+    labels = {"modality": ["CT"] * 8 + ["MRI"] * 2}
+    assert zero_shot_report(clip, torch.zeros(10, 128), labels)["modality"]["accuracy"] == 0
+    with pytest.raises(ValueError, match="NaN"):
+        zero_shot_report(clip, torch.full((10, 128), torch.nan), labels)
+
+
+def test_probabilities_use_the_temperature_of_the_model(clip: Clip) -> None:
+    """Catches a softmax over bare cosines: nearly flat, whatever the model knows."""
+    classes = ["CT", "MRI", "X-ray"]
+    features = class_features(clip, "modality", classes)[:, 0]
+    cosines = features[:2] @ features.T
+    by_hand = (clip.model.logit_scale.exp() * (cosines - 1)).exp()
+    scores = class_scores(clip, "modality", classes, features[:2])
+    torch.testing.assert_close(scores.softmax(dim=1), by_hand / by_hand.sum(dim=1, keepdim=True), rtol=1e-3, atol=0)
+
+
+def test_scores_that_say_nothing_are_never_among_the_first() -> None:
+    """Catches topk on ties, which would find whatever stands at the front of the list."""
+    assert ranks_in_list(torch.zeros(3, 30), torch.tensor([0, 4, 29])).tolist() == [29, 29, 29]
+    with pytest.raises(ValueError, match="NaN"):  # it would be the first of all: nothing is as high as NaN
+        ranks_in_list(torch.full((3, 30), torch.nan), torch.tensor([0, 4, 29]))
