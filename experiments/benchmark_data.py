@@ -36,6 +36,7 @@ from clip_medical.data.sources import load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import environment
 from clip_medical.model import Clip
+from clip_medical.runs import write_text
 from clip_medical.training import memory
 from experiments.benchmark_parts import fresh_process
 
@@ -199,7 +200,7 @@ def run(options: Options) -> int:
     result |= {"pixels": SIZE, "batch_size": BATCH, "seed": options.seed, "environment": environment()}
     result["command"] = shlex.join(["python", "-m", "experiments.benchmark_data", *sys.argv[1:]])
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(RESULT, json.dumps(result, indent=2) + "\n")
     print(f"\nusual way    {result['usual']:9,.0f} images/s    1 x   ({size:.0f} kB an image, {SIZE} pixels wide)")
     print(f"first pass   {result['first_pass']:9,.0f} images/s {result['first_pass_to_usual']:4.1f} x")
     print(f"cached       {result['cached']:9,.0f} images/s {result['cached_to_usual']:4.0f} x")

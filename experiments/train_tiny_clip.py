@@ -16,8 +16,9 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ import transformers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from clip_medical import command_line
+from clip_medical.data.batches import row_batches
 from clip_medical.data.images import resize_and_crop
 from clip_medical.data.phantoms import describe, phantom
 from clip_medical.data.shapes import SIZE, scene
 from clip_medical.model import Clip, load_clip
+from clip_medical.runs import write_text
 from clip_medical.training.losses import info_nce, same_rows
 
 ASSETS = Path(__file__).resolve().parent.parent / "clip_medical" / "assets" / "tiny-clip"
@@ -125,14 +129,6 @@ def make_data(scenes: int, phantoms: int, seed: int) -> tuple[torch.Tensor, list
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), captions
 
 
-def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless epochs of shuffled row numbers."""
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        rows = torch.randperm(count, generator=order)
-        yield from rows[: count // size * size].split(size)
-
-
 def optimizer_and_schedule(
     model: CLIPModel, lr: float, steps: int, warmup: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
@@ -160,7 +156,9 @@ def learn(
     """
     optimizer, schedule = optimizer_and_schedule(model, lr, args.steps, warmup)
     losses: list[float] = []
-    progress = tqdm(zip(range(args.steps), batches(count, args.batch, args.seed), strict=False), total=args.steps)
+    progress = tqdm(
+        zip(range(args.steps), row_batches(count, args.batch_size, args.seed), strict=False), total=args.steps
+    )
     for step, rows in progress:
         images, texts, positives = features(rows)
         loss = info_nce(images, texts, model.logit_scale, positives)
@@ -218,13 +216,13 @@ def train_text(clip: Clip, pixels: torch.Tensor, captions: list[str], args: argp
     return learn(clip.model.train(), features, len(captions), args, lr=5e-4, warmup=50)
 
 
-def main() -> None:
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=("both-towers", "text"), help="the second takes up what the first has written")
     parser.add_argument("--scenes", type=int, default=80_000)
     parser.add_argument("--phantoms", type=int, default=4_000)
     parser.add_argument("--steps", type=int, default=2_400)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ASSETS)
     args = parser.parse_args()
@@ -251,15 +249,16 @@ def main() -> None:
         data=f"{args.scenes} scenes and {args.phantoms} phantoms, {NOISE:.0%} of the phantoms under a wrong caption",
         seed=args.seed,
         steps=args.steps,
-        batch=args.batch,
+        batch=args.batch_size,
         loss_of_last_50_steps=round(loss, 3),
         minutes=round((time.time() - started) / 60, 1),
         hardware=f"{platform.machine()}, {torch.get_num_threads()} cores",
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()),
     )
-    log.write_text(json.dumps([*history, facts], indent=2) + "\n")
+    write_text(log, json.dumps([*history, facts], indent=2) + "\n")
     print(json.dumps(facts, indent=2))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code("train_tiny_clip", run))

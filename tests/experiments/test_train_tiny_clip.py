@@ -16,7 +16,7 @@ def test_a_few_pairs_are_learned_by_heart_and_text_stays_causal() -> None:
     torch.manual_seed(0)
     clip = Clip(make_model(asset.tokenizer), asset.tokenizer, asset.image_processor, "new")
     pixels, captions = make_data(scenes=12, phantoms=4, seed=0)
-    train(clip, pixels, captions, argparse.Namespace(steps=40, batch=16, seed=0))
+    train(clip, pixels, captions, argparse.Namespace(steps=40, batch_size=16, seed=0))
 
     ids, lengths = clip.tokens(captions)
     with torch.no_grad():
