@@ -40,7 +40,7 @@ from clip_medical.training.precision import choose_device, choose_precision
 from clip_medical.training.progress import METRICS, Progress, StopRequest, timed, waiting_share
 from lora import adapter_parameters, count_parameters, disabled, inject
 
-gc.freeze()
+gc.freeze()  # nor later
 gc.enable()
 
 
