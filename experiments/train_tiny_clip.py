@@ -156,10 +156,8 @@ def learn(
     """
     optimizer, schedule = optimizer_and_schedule(model, lr, args.steps, warmup)
     losses: list[float] = []
-    progress = tqdm(
-        zip(range(args.steps), row_batches(count, args.batch_size, args.seed), strict=False), total=args.steps
-    )
-    for step, rows in progress:
+    progress = tqdm(islice(row_batches(count, args.batch_size, args.seed), args.steps), total=args.steps)
+    for step, rows in enumerate(progress):
         images, texts, positives = features(rows)
         loss = info_nce(images, texts, model.logit_scale, positives)
         optimizer.zero_grad()
