@@ -55,8 +55,8 @@ class Config:
     offered: the pairs of one part would not be negatives for those of another, which makes small batches of a large
     one."""
     fragments: int = 4
-    """Fragments of each caption, a few words in a row, that are read beside it, so that the model learns to read labels
-    and queries too; the mean of their losses is added to that of the captions. 0: captions alone."""
+    """Fragments of each caption, a few of its first words in a row, that are read beside it, so that the model learns
+    to read labels and queries too; the mean of their losses is added to that of the captions. 0: captions alone."""
     augment: bool = False
     """Turn, shift and enlarge each training picture a little, anew in every epoch; never mirrored, as left and right
     matter."""

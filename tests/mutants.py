@@ -102,7 +102,11 @@ MUTANTS = [
     Mutant("joint list: NaN comes first", ZERO_SHOT, "    if not scores.isfinite().all():", "    if False:", "tests/evaluation/test_zero_shot.py"),
     Mutant("views drawn with the numbers of a fragment", "clip_medical/data/augment.py", "(seed, epoch, 0, 1)", "(seed, epoch, 2)", "tests/data/test_augment.py"),
     Mutant("peak of the parent taken for one's own", "clip_medical/training/memory.py", 'line.startswith("VmHWM")', 'line.startswith("none")', "tests/training/test_memory.py"),
-    Mutant("fragment without its end", FRAGMENTS, "torch.where(column <= count,", "torch.where(column <= count + 1,", "tests/data/test_fragments.py"),
+    Mutant("fragments from anywhere in the caption", FRAGMENTS, ".amax(dim=1).clamp(max=FIRST)", ".amax(dim=1)", "tests/data/test_fragments.py"),
+    Mutant("words cut in two", FRAGMENTS, "inner & ends_word[tokens]", "inner", "tests/data/test_fragments.py"),
+    Mutant("a word ends where none does", BATCHES, 'token.endswith("</w>")', 'not token.endswith("</w>")', "tests/data/test_fragments.py"),
+    Mutant("fragments that never end with the last word", FRAGMENTS, "(words - count + 1)", "(words - count)", "tests/data/test_fragments.py"),
+    Mutant("fragment without its end", FRAGMENTS, "torch.where(column <= size[:, None],", "torch.where(column <= size[:, None] + 1,", "tests/data/test_fragments.py"),
 ]  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Pairs:
     image_ids: Tensor  # (N,) the same number where the picture is the same
     split: Split = NO_ROWS  # the N rows that the pairs were made from
     summary: str = ""  # for a report: how many, how many of them more than once, cut, unreadable
+    ends_word: Tensor | None = None  # (V,) bool: a word ends with this token of the vocabulary; None: with each
     text_ids: Tensor | None = None  # (N,) of fragments: the same number where the words are the same
     weight: float = 1.0  # of the loss over these captions
     fragments: "tuple[Pairs, ...]" = ()  # the same pairs, each caption cut to a few words: for a second loss
@@ -86,7 +87,7 @@ class Pairs:
         """The pairs as an epoch reads them: with fragments of the captions and augmented pictures, where asked for."""
         cuts = []
         for number in range(config.fragments):
-            tokens, lengths = fragments(self.tokens, self.lengths, config.seed, epoch, number)
+            tokens, lengths = fragments(self.tokens, self.lengths, self.ends_word, config.seed, epoch, number)
             ids = tokens.unique(dim=0, return_inverse=True)[1]
             cuts.append(replace(self, tokens=tokens, lengths=lengths, text_ids=ids, weight=1 / config.fragments))
         views = draw_views(len(self), config.seed, epoch) if config.augment else None
@@ -112,7 +113,9 @@ def prepare(split: Split, clip: Clip, name: str) -> Pairs:
     if len(kept) < len(split):
         summary += f"; {len(split) - len(kept):,} more were unreadable and left out, see unreadable.tsv there"
     squares = Split(kept.captions, kept.ids, kept.labels, Squares(cache), kept.origins)
-    return Pairs(CachedPixels(cache), tokens, lengths, captions, images, squares, summary)
+    vocabulary = clip.tokenizer.convert_ids_to_tokens(list(range(len(clip.tokenizer))))
+    ends_word = torch.tensor([token.endswith("</w>") for token in vocabulary])  # as CLIP's tokenizer writes it
+    return Pairs(CachedPixels(cache), tokens, lengths, captions, images, squares, summary, ends_word)
 
 
 def _tokens(clip: Clip, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int]:

@@ -1,14 +1,18 @@
 """Fragments of captions: what an epoch reads beside them."""
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from clip_medical.config import Config
-from clip_medical.data.batches import Pairs, epochs
-from clip_medical.data.fragments import LONGEST, fragments
+from clip_medical.data.batches import Pairs, epochs, prepare
+from clip_medical.data.fragments import FIRST, LONGEST, fragments
+from clip_medical.data.sources import load_data
 from clip_medical.errors import UserError
+from clip_medical.model import load_clip
 from clip_medical.training.losses import same_rows
 
 START, END = 1, 99
@@ -19,19 +23,54 @@ for row, length in enumerate(LENGTHS.tolist()):
     TOKENS[row, 1 : length - 1] = torch.arange(10, 10 + length - 2)
 
 
-def test_a_fragment_is_a_run_of_its_caption_between_start_and_end() -> None:
-    """Catches a lost start or end token, words from the padding, gaps, and runs that are too long."""
+def test_a_fragment_is_a_run_of_the_first_words_of_its_caption_between_start_and_end() -> None:
+    """Catches a lost start or end token, words from the padding or from far back in the caption, gaps, fragments of one
+    length or from one place alone or too long, and a caption without words."""
     seen = set()
-    for epoch in range(200):
-        tokens, lengths = fragments(TOKENS, LENGTHS, 0, epoch)
+    for epoch in range(400):
+        tokens, lengths = fragments(TOKENS, LENGTHS, None, 0, epoch)
         for row in range(len(TOKENS)):
             words = tokens[row, 1 : lengths[row] - 1].tolist()
             assert tokens[row, 0] == START and (tokens[row, lengths[row] - 1 :] == END).all()
             assert words == list(range(words[0], words[0] + len(words))) if words else LENGTHS[row] == 2
-            assert not words or (words[0] >= 10 and words[-1] <= LENGTHS[row] + 7)
-            assert len(words) <= LONGEST
-        seen.add(tuple(tokens[3].tolist()))
-    assert len(seen) > 100, "each epoch cuts anew"
+            assert not words or (words[0] >= 10 and words[-1] < 10 + min(FIRST, LENGTHS[row] - 2))
+        seen.add(tuple(tokens[3, 1 : lengths[3] - 1].tolist()))
+    runs = {tuple(range(10 + a, 10 + b)) for b in range(1, FIRST + 1) for a in range(max(0, b - LONGEST), b)}
+    assert seen == runs, "every run of the first words has its turn"
+
+
+def test_a_word_is_never_cut() -> None:
+    """Catches "rad" for "radiograph": words of two and three tokens that come apart, or count as two or three words."""
+    ends_word = torch.zeros(100, dtype=torch.bool)
+    ends = [10, 12, 15, 16, 18, 19, 20, 21, 23, 24, 29]  # the eighth word ends with token 21, the last nowhere
+    ends_word[ends] = True
+    firsts = {10: 0, 11: 1, 13: 2, 16: 3, 17: 4, 19: 5, 20: 6, 21: 7}  # token -> number of the word that it begins
+    lasts = {10: 0, 12: 1, 15: 2, 16: 3, 18: 4, 19: 5, 20: 6, 21: 7}
+    seen = set()
+    for epoch in range(400):
+        tokens, lengths = fragments(TOKENS[3:], LENGTHS[3:], ends_word, 0, epoch)
+        words = tokens[0, 1 : lengths[0] - 1].tolist()
+        assert words == list(range(words[0], words[-1] + 1))
+        seen.add((firsts[words[0]], lasts[words[-1]]))
+    assert seen == {(first, last) for last in range(FIRST) for first in range(max(0, last + 1 - LONGEST), last + 1)}
+
+
+def test_the_words_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    """Catches a vocabulary whose ends of words are not found, so that every token, or the whole caption, is a word."""
+    for number in range(4):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    lines = [f'{number}.png,"Orthopantomogram, lateral jaws"' for number in range(4)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]))
+    clip = load_clip()
+    pairs = prepare(load_data(str(tmp_path / "pairs.csv")).train, clip, "training")
+    read = {
+        clip.tokenizer.decode(tokens[1 : length - 1])
+        for epoch in range(60)
+        for cut in pairs.in_epoch(Config(), epoch).fragments
+        for tokens, length in zip(cut.tokens, cut.lengths, strict=True)
+    }
+    words = ["orthopantomogram", ",", "lateral", "jaws"]
+    assert read == {" ".join(words[first:last]) for last in range(1, 5) for first in range(last)}
 
 
 def test_an_epoch_reads_captions_and_their_fragments() -> None:
