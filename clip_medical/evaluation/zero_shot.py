@@ -4,8 +4,9 @@ The facets of a radiology image (modality, anatomy, finding, view) are separate 
 and its own softmax: that an image is an X-ray takes nothing from its being of a knee.
 
 Sentences that mean the same picture form a group, and their features are averaged. But an X-ray and an MRI of the knee
-are different pictures, and the mean of the two sentences would describe neither. So an anatomy has a group for each
-modality, and the probabilities of its groups are added: a knee is what is an X-ray of a knee, or a CT, or an MRI, ...
+are different pictures, and the mean of the two sentences would describe neither. So an anatomy has groups for each
+modality and its usual views, and the probabilities of its groups are added: a knee is what is an X-ray of a knee, or a
+lateral one, or a CT, or an MRI, ...
 """
 
 import json

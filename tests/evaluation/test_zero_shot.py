@@ -36,16 +36,16 @@ def test_probabilities_of_groups_are_added(clip: Clip) -> None:
     """Catches an anatomy that is the mean of its X-ray, CT, MRI and ultrasound, a picture of none of them."""
     names = ["knee", "hand", "chest"]
     groups = class_features(clip, "anatomy", names)
-    images = F.normalize(groups[:, 1] + 0.3 * groups[:, 2], dim=1)
+    images = F.normalize(groups[:, 3] + 0.3 * groups[:, 6], dim=1)
     of_groups = (clip.model.logit_scale.exp() * images @ groups.flatten(0, 1).T).softmax(dim=1)
-    by_hand = torch.stack([of_groups[:, 4 * c : 4 * c + 4].sum(dim=1) for c in range(3)], dim=1)
+    by_hand = of_groups.unflatten(1, groups.shape[:2]).sum(dim=2)
     torch.testing.assert_close(class_scores(clip, "anatomy", names, images).softmax(dim=1), by_hand)
 
 
 def test_the_sentences_of_a_class() -> None:
     """Catches synonyms that are found in one spelling only, and sentences without a place for the word."""
     assert sentences("view", "frontal")[0][:2] == ["Frontal view.", "Frontal image."]
-    assert len(sentences("anatomy", "knee")) == 4, "a group for each modality"
+    assert ["Frontal knee X-ray.", "Frontal radiograph of the knee."] in sentences("anatomy", "knee")
     assert sentences("finding", "PNEUMONIA") == sentences("finding", "pneumonia")
     assert {"Pneumonia.", "Pulmonary infiltrate."} < set(sentences("finding", "Pneumonia")[0])
     for facet, groups in PROMPTS["sentences"].items():
