@@ -20,10 +20,10 @@ def fragments(
 ) -> tuple[Tensor, Tensor]:
     """Of captions, token ids (N, L) and their lengths (N,), a fragment each: the one of this number in this epoch.
 
-    A fragment is a run of 1 to LONGEST of the FIRST words of its caption, between its own start and end token. A sign
-    of punctuation is a word too. ends_word (V,) bool: a word ends with this token of the vocabulary; None: with each.
-    The fragment is decided by (seed, epoch, number) alone, so that a resumed run reads what the undisturbed one would
-    have read.
+    A fragment is a run of 1 to LONGEST of the FIRST words of its caption, between its own start and end token. Words
+    are the tokenizer's: CLIP's takes each digit and sign for one. ends_word (V,) bool: a word ends with this token of
+    the vocabulary; None: with each; and with the last of a caption that was cut. The fragment is decided by (seed,
+    epoch, number) alone, so that a resumed run reads what the undisturbed one would have read.
     """
     random = torch.from_numpy(np.random.default_rng((seed, epoch, 1 + number)).random((2, len(tokens))))
     column = torch.arange(tokens.shape[1])

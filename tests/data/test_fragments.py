@@ -40,19 +40,20 @@ def test_a_fragment_is_a_run_of_the_first_words_of_its_caption_between_start_and
 
 
 def test_a_word_is_never_cut() -> None:
-    """Catches "rad" for "radiograph": words of two and three tokens that come apart, or count as two or three words."""
+    """Catches "rad" for "radiograph": words of two and three tokens that come apart, or count as two or three words;
+    and the lost last word of a caption that was cut in the middle of it."""
     ends_word = torch.zeros(100, dtype=torch.bool)
-    ends = [10, 12, 15, 16, 18, 19, 20, 21, 23, 24, 29]  # the eighth word ends with token 21, the last nowhere
-    ends_word[ends] = True
-    firsts = {10: 0, 11: 1, 13: 2, 16: 3, 17: 4, 19: 5, 20: 6, 21: 7}  # token -> number of the word that it begins
-    lasts = {10: 0, 12: 1, 15: 2, 16: 3, 18: 4, 19: 5, 20: 6, 21: 7}
-    seen = set()
+    ends_word[[10, 12, 15, 16, 18, 19, 20, 21, 23, 24, 29]] = True
+    long = [(10, 10), (11, 12), (13, 15), (16, 16), (17, 18), (19, 19), (20, 20), (21, 21)]  # first and last tokens
+    short = [(10, 10), (11, 12), (13, 14)]  # the third word is not finished
+    seen: dict[int, set[tuple[int, ...]]] = {2: set(), 3: set()}
     for epoch in range(400):
-        tokens, lengths = fragments(TOKENS[3:], LENGTHS[3:], ends_word, 0, epoch)
-        words = tokens[0, 1 : lengths[0] - 1].tolist()
-        assert words == list(range(words[0], words[-1] + 1))
-        seen.add((firsts[words[0]], lasts[words[-1]]))
-    assert seen == {(first, last) for last in range(FIRST) for first in range(max(0, last + 1 - LONGEST), last + 1)}
+        tokens, lengths = fragments(TOKENS, LENGTHS, ends_word, 0, epoch)
+        for row, found in seen.items():
+            found.add(tuple(tokens[row, 1 : lengths[row] - 1].tolist()))
+    for row, words in {2: short, 3: long}.items():
+        runs = [words[a:b] for b in range(1, len(words) + 1) for a in range(max(0, b - LONGEST), b)]
+        assert seen[row] == {tuple(range(run[0][0], run[-1][1] + 1)) for run in runs}
 
 
 def test_the_words_are_those_of_the_tokenizer(tmp_path: Path) -> None:
