@@ -26,6 +26,7 @@ LAYER, INJECT, FILE = "lora/layer.py", "lora/inject.py", "lora/adapter_file.py"
 LOSSES, RETRIEVAL = "clip_medical/training/losses.py", "clip_medical/evaluation/retrieval.py"
 LEARNER, CONTRASTIVE = "clip_medical/training/learner.py", "clip_medical/training/contrastive.py"
 MODEL, BATCHES = "clip_medical/model.py", "clip_medical/data/batches.py"
+PNG = "clip_medical/data/png.py"
 FRAGMENTS, ZERO_SHOT = "clip_medical/data/fragments.py", "clip_medical/evaluation/zero_shot.py"
 RUNS, EXPORT, ONNX = "clip_medical/runs.py", "clip_medical/export.py", "clip_medical/onnx_export.py"
 CLASSES, SEARCH = "clip_medical/evaluation/classification.py", "clip_medical/evaluation/search.py"
@@ -57,6 +58,9 @@ MUTANTS = [
     Mutant("freed memory given back", "clip_medical/training/memory.py", "c_library.mallopt(mmap_max, 0)", "pass", "tests/training/test_memory.py"),
     Mutant("shortest captions first", CONTRASTIVE, "descending=not one_chunk", "descending=False", "tests/training/test_contrastive.py"),
     Mutant("captions left in order of length", CONTRASTIVE, "sorted_texts[by_length.argsort()]", "sorted_texts", "tests/training/test_contrastive.py"),
+    Mutant("bomb in a PNG inflated whole", PNG, "decompress(stream, size + 1)", "decompress(stream)", "tests/data/test_png.py"),
+    Mutant("row of a PNG rounded down", PNG, "CHANNELS[colour] + 7) // 8", "CHANNELS[colour]) // 8", "tests/data/test_png.py"),
+    Mutant("damaged PNG mended", PNG, "if len(pixels) != size or not decompressor.eof or decompressor.unused_data:", "if len(pixels) != size:", "tests/data/test_png.py"),
     Mutant("schedule counts skipped steps", LEARNER, "if self.scaler.get_scale() >= before:", "if True:", "tests/training/test_learner.py"),
     Mutant("gradient clipped before it is unscaled", LEARNER, "        self.scaler.unscale_(self.optimizer)\n", "", "tests/training/test_learner.py"),
     Mutant("features not normalised", MODEL, "return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)", "return self.model.visual_projection(pooled).float()", "tests/test_model.py"),

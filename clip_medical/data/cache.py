@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from clip_medical.data import dicom, images
+from clip_medical.data import dicom, images, png
 from clip_medical.data.images import UnreadableImage, resize_and_crop
 from clip_medical.data.splits import Split
 from clip_medical.errors import UserError
@@ -39,6 +39,7 @@ from clip_medical.errors import UserError
 ROOT_VARIABLE = "CLIP_MEDICAL_CACHE"
 FORMAT = 1
 PART = 256  # images between two lines of the journal: what a kill can cost
+RUN = 16  # images that a thread decodes before it wakes the writer, who takes its core and the interpreter's lock
 TOLERATED = 0.02  # share of unreadable images above which a run stops: that is no accident any more
 T = TypeVar("T")
 
@@ -106,7 +107,7 @@ def cache_key(split: Split, size: int) -> str:
     facts = {
         "format": FORMAT,
         "size": size,
-        "code": [Path(module.__file__ or "").read_text() for module in (images, dicom)],
+        "code": [Path(module.__file__ or "").read_text() for module in (images, dicom, png)],
         "libraries": [version("Pillow"), version("pydicom") if has_dicom else None],
         "origins": split.origins,
     }
@@ -136,7 +137,7 @@ def _first_pass(split: Split, size: int, name: str, folder: Path) -> None:
         open(part_folder / "pixels.bin", "ab") as pixels,
         open(part_folder / "journal.jsonl", "a") as journal,
         ThreadPoolExecutor(_cores()) as pool,  # Pillow decodes and resizes without the interpreter's lock
-        closing(_in_order(pool, lambda row: _square(split, size, row), order[done:], ahead=PART)) as squares,
+        closing(_in_order(pool, lambda row: _square(split, size, row), order[done:])) as squares,
         tqdm(initial=done, total=len(order), desc=f"{name} images", unit="image", leave=False) as bar,
     ):
         pixels.seek(pixels.truncate(parts[-1].end if parts else 0))
@@ -157,18 +158,16 @@ def _square(split: Split, size: int, row: int) -> np.ndarray | str:
     return square[None] if square.ndim == 2 else np.ascontiguousarray(square.transpose(2, 0, 1))
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[int], T], rows: Iterable[int], ahead: int
-) -> Generator[T, None, None]:
-    """Results in order, `ahead` of them at most waiting: Executor.map would begin, and keep, as many as it can."""
-    waiting: deque[Future[T]] = deque()
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[int], T], rows: list[int]) -> Generator[T, None, None]:
+    """Results in order, PART of them at most waiting: Executor.map would begin, and keep, as many as it can."""
+    waiting: deque[Future[list[T]]] = deque()
     try:
-        for row in rows:
-            waiting.append(pool.submit(work, row))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
+        for start in range(0, len(rows), RUN):
+            waiting.append(pool.submit(lambda run: list(map(work, run)), rows[start : start + RUN]))
+            if len(waiting) >= PART // RUN:
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
     finally:  # after an error or Ctrl-C
         for future in waiting:
             future.cancel()

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from clip_medical.data.dicom import is_dicom, read_dicom
+from clip_medical.data.png import inflated
 from clip_medical.errors import UserError
 
 # Pillow warns above 89 megapixels and refuses above twice that. A large radiograph is no attack: the refusal is enough.
@@ -35,7 +36,7 @@ def decode(source: Path | bytes | Image.Image | dict[str, Any], name: str) -> Im
             raise ValueError("it is empty")
         if isinstance(data, bytes) and is_dicom(data):
             return read_dicom(data)
-        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        image = Image.open(io.BytesIO(inflated(data))) if isinstance(data, bytes) else data
         image.load()
         if 0 in image.size:
             raise ValueError(f"it has {image.width} x {image.height} pixels")

@@ -59,6 +59,7 @@ def check(found: Cache, rows: list[int]) -> None:
 def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(cache.ROOT_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "PART", 8)
+    monkeypatch.setattr(cache, "RUN", 2)
     return tmp_path / "cache"
 
 
@@ -202,7 +203,7 @@ from pathlib import Path
 from clip_medical.data import cache
 from clip_medical.data.sources import load_data
 
-cache.PART = 8
+cache.PART, cache.RUN = 8, 2
 data = load_data(sys.argv[1]).train
 """
 ONE_PASS = PICTURES + "cache.open_cache(data, 16, 'test')"
