@@ -118,7 +118,7 @@ def choose_lr(bench: Bench, variant: Variant, rates: tuple[float, ...]) -> dict[
 
 
 RATES: dict[str, Callable[[Config], tuple[float, ...]]] = {
-    "lora": lambda config: (config.lr / 2, config.lr, 2 * config.lr),
+    "lora": lambda config: (config.lr / 2, config.lr, 2 * config.lr, 4 * config.lr),
     "linear": lambda config: (1e-3, 3e-3, 1e-2, 3e-2),
     "full": lambda config: (1e-4, 3e-4, 1e-3, 3e-3),
 }
