@@ -31,8 +31,11 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor) -> Tensor:
     No mask hides what follows the end token: CLIP's text is causal, so that it changes nothing before.
     """
     hidden = tower.embeddings(input_ids=ids)
+    mask = None
+    if tower.config._attn_implementation == "eager":  # which has to be shown what the fused kernels need only be told
+        mask = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
     for layer in tower.encoder.layers[:-1]:
-        hidden = layer(hidden, None, is_causal=True)
+        hidden = layer(hidden, mask, is_causal=True)
     pooled: Tensor = tower.final_layer_norm(_read_at(tower.encoder.layers[-1], hidden, lengths - 1, causal=True))
     return pooled
 

@@ -41,23 +41,26 @@ def gradients(model: CLIPModel, features: Tensor) -> list[Tensor]:
     return [g for g in found if g is not None]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")])
-def test_both_towers_equal_those_of_transformers(layers: int, targets: tuple[str, ...]) -> None:
+def test_both_towers_equal_those_of_transformers(layers: int, targets: tuple[str, ...], attention: str) -> None:
     """Mistake: another token's query or residual, keys of the read token alone, text that sees behind its end, a norm
-    or the last layer's adapter passed over."""
+    or the last layer's adapter passed over; `is_causal` told to eager attention, which takes a mask instead."""
     model, ids = a_clip(layers, targets), token_ids()
+    model.set_attn_implementation(attention)
     pixels = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     mask = (torch.arange(9) < LENGTHS[:, None]).long()
     for ours, theirs in (
         (image_tower(model.vision_model, pixels), model.vision_model(pixel_values=pixels).pooler_output),
         (text_tower(model.text_model, ids, LENGTHS), model.text_model(ids, attention_mask=mask).pooler_output),
     ):
-        torch.testing.assert_close(ours, theirs)
+        near: dict[str, Any] = dict(atol=1e-4, rtol=1e-4) if attention == "eager" else {}  # whose softmax is in fp32
+        torch.testing.assert_close(ours, theirs, **near)
         own, expected = gradients(model, ours), gradients(model, theirs)
         assert len(own) == len(expected) == 2 * layers * len(targets)
         for a, b in zip(own, expected, strict=True):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, **near)
 
 
 def test_what_follows_the_end_token_changes_nothing() -> None:
@@ -68,13 +71,19 @@ def test_what_follows_the_end_token_changes_nothing() -> None:
     assert torch.equal(*features)
 
 
-def test_text_is_causal_under_any_attention_that_the_model_came_with() -> None:
-    """Mistake: `is_causal` told to eager attention, which takes a mask instead: the first token would see the last."""
-    eager = CLIPModel.from_pretrained(TINY, attn_implementation="eager").float()
-    clip = load_clip()
-    ids, lengths = clip.tokens(["axial CT of the chest", "knee"])
-    other = Clip(eager, clip.tokenizer, clip.image_processor, "eager")
-    torch.testing.assert_close(other.text_features(ids, lengths), clip.text_features(ids, lengths))
+def test_attention_is_the_fast_one_whatever_the_model_came_with() -> None:
+    """Mistake: the fused kernel kept for bf16 on a CPU, where its backward pass takes four times as long as a plain
+    one; or the plain one kept for fp32."""
+    loaded = load_clip()
+    for dtype, attention in ((torch.float32, "sdpa"), (torch.bfloat16, "eager"), (torch.float16, "eager")):
+        model = CLIPModel.from_pretrained(TINY, attn_implementation={"sdpa": "eager", "eager": "sdpa"}[attention])
+        clip = Clip(model.to(dtype), loaded.tokenizer, loaded.image_processor, "other")
+        for tower in (clip.model.vision_model, clip.model.text_model):
+            assert tower.config._attn_implementation == attention
+        ids, lengths = clip.tokens(["axial CT of the chest", "knee"])
+        near = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        expected = loaded.text_features(ids, lengths)
+        torch.testing.assert_close(clip.text_features(ids, lengths), expected, atol=near, rtol=0)
 
 
 def test_the_last_layer_computes_one_token_of_each_sequence() -> None:

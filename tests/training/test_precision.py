@@ -24,3 +24,11 @@ def test_a_cpu_gets_fp32_and_a_wish_is_granted() -> None:
     """Catches half precision on a CPU by default, and a --precision that is ignored."""
     assert choose_precision("auto", torch.device("cpu"))[0] == torch.float32
     assert choose_precision("bf16", torch.device("cpu")) == (torch.bfloat16, "as asked")
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_a_cpu_with_amx_is_told_of_bf16(monkeypatch: pytest.MonkeyPatch, has_amx: bool) -> None:
+    """Catches a hint that is not given, or given where bf16 would be slower."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
+    dtype, reason = choose_precision("auto", torch.device("cpu"))
+    assert dtype == torch.float32 and ("--precision bf16" in reason) == has_amx
