@@ -188,7 +188,7 @@ def report(job: Job, data: Data, facts: dict[str, Any]) -> None:
     # what was saved is what was trained: read it back and compare
     with torch.no_grad():
         pixels = job.held_out.pixels[:8]
-        again = load_run(folder, clip.device, clip.model.dtype).image_features(pixels)
+        again = load_run(folder, clip.device, clip.dtype).image_features(pixels)
         off = (again - clip.image_features(pixels)).abs().max().item()
     if not off < 1e-4:
         raise RuntimeError(f"the adapter read back from {folder} gives features that differ by {off}")

@@ -41,9 +41,9 @@ class Clip:
         revision: str | None = None,
     ) -> None:
         self.model = model.eval()
-        # torch's fused attention, but for half precision on a CPU: its backward pass makes no use of AMX there, and
-        # takes four times as long as matrix products and a softmax
-        slow = self.device.type == "cpu" and model.dtype.itemsize == 2
+        # torch's fused attention, but for half precision on a CPU: there its backward pass is slower than the matrix
+        # products and the softmax of eager attention, for bf16 with AMX about four times
+        slow = self.device.type == "cpu" and self.dtype.itemsize == 2
         model.set_attn_implementation("eager" if slow else "sdpa")
         use_quick_gelu(model)
         self.tokenizer = tokenizer
@@ -61,6 +61,11 @@ class Clip:
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights. Not model.dtype, which is that of the first parameter: logit_scale, always fp32."""
+        return self.model.vision_model.embeddings.class_embedding.dtype
+
     def picture(self, image: Image.Image) -> np.ndarray:
         """One picture as the model sees it, (3, S, S) uint8: shortest side to S, bicubic, then the centre of that."""
         square = resize_and_crop(image, self.image_size)
@@ -75,7 +80,7 @@ class Clip:
     def image_features(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, D). Normalised on the device: a byte a value is all that has to travel there."""
         inputs = (pixels.to(self.device).float() - self.mean) / self.std
-        pooled = image_tower(self.model.vision_model, inputs.to(self.model.dtype))
+        pooled = image_tower(self.model.vision_model, inputs.to(self.dtype))
         # our own projection: what get_image_features returns differs between versions of transformers
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 

@@ -95,7 +95,7 @@ def curve(seed: int) -> dict[str, Any]:
 def planned_step(clip: Clip, batch: int, chunk: Any, checkpointing: Any, seed: int) -> dict[str, Any]:
     """Training steps of an adapted CLIP as `make_plan` plans them: the plan, its forecast and the peak, in bytes."""
     config = Config(batch_size=batch, chunk_size=chunk, checkpointing=checkpointing)
-    scaled = clip.model.dtype == torch.float16
+    scaled = clip.dtype == torch.float16
     learner = Learner(adapter_parameters(clip.model), clip.model.logit_scale, config, steps=2, scaled=scaled)
     pairs = made_pairs(clip, batch, seed)
     plan = make_plan(clip, pairs, config, batch)

@@ -54,6 +54,8 @@ MUTANTS = [
     Mutant("end token sees its padding", "clip_medical/towers.py", "<= at[:, None])[:, None, None] if causal", "<= 99 + at[:, None])[:, None, None] if causal", "tests/test_towers.py"),
     Mutant("text that sees ahead below the last layer", "clip_medical/towers.py", "mask, is_causal=True", "mask", "tests/test_towers.py"),
     Mutant("attention left as the model came", MODEL, '        model.set_attn_implementation("eager" if slow else "sdpa")', '        pass', "tests/test_towers.py"),
+    Mutant("format asked of logit_scale", MODEL, "return self.model.vision_model.embeddings.class_embedding.dtype", "return self.model.dtype", "tests/test_towers.py"),
+    Mutant("adapter read back beside a base in fp32", "train.py", "load_run(folder, clip.device, clip.dtype)", "load_run(folder, clip.device)", "tests/test_train.py"),
     Mutant("slow attention in half precision", MODEL, '"eager" if slow else "sdpa"', '"sdpa"', "tests/test_towers.py"),
     Mutant("eager attention that is only told to be causal", "clip_medical/towers.py", '_attn_implementation == "eager":', '_attn_implementation == "none":', "tests/test_towers.py"),
     Mutant("slope of QuickGELU left out of its gradient", "clip_medical/quick_gelu.py", "z = SLOPE * x", "z = x.clone()", "tests/test_quick_gelu.py"),

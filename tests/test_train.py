@@ -69,6 +69,18 @@ def test_a_run_leaves_what_its_contract_says(finished: Path) -> None:
     assert json.loads((finished / "config.json").read_text())["batch_size"] == 16
 
 
+@pytest.mark.parametrize(("precision", "named"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_run_in_half_precision_ends_well_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], precision: str, named: str
+) -> None:
+    """Catches the format asked of model.dtype, which is that of logit_scale, fp32 always: the adapter was read back
+    beside a base in fp32, so that its features differed, and --resume would not notice another format."""
+    assert run(monkeypatch, *SMALL, "--output", str(tmp_path), "--precision", precision, "--steps", "2") == 0
+    assert "features differ by 0e+00" in capsys.readouterr().out
+    assert f"precision: {named}" in (tmp_path / "report.md").read_text()
+    assert torch.load(tmp_path / "checkpoint" / "state.pt")["precision"] == named  # which --resume compares
+
+
 def test_the_unadapted_row_is_the_base_and_the_adapted_row_is_not(finished: Path) -> None:
     """Catches an adapter left on for the 'before' row, and one that was never trained for the 'after' row."""
     images = [Image.fromarray(np.full((50, 60), value, np.uint8)) for value in (10, 120, 240)]

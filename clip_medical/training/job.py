@@ -51,7 +51,7 @@ class Job:
                 "random": states,
                 "plan": asdict(self.plan),
                 "how": self._how,
-                "precision": str(self.clip.model.dtype).removeprefix("torch."),
+                "precision": str(self.clip.dtype).removeprefix("torch."),
                 "config": asdict(self.config),
             }
             checkpoint.save(self.folder, state)
@@ -61,7 +61,7 @@ class Job:
         state = distributed.from_rank_0(lambda: checkpoint.load(self.folder))
         if state is None:
             return False
-        here = str(self.clip.model.dtype).removeprefix("torch.")
+        here = str(self.clip.dtype).removeprefix("torch.")
         if state["precision"] != here:
             flag = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[state["precision"]]
             raise UserError(
@@ -113,7 +113,7 @@ class Job:
             )
         batch = distributed.divide(self.config.batch_size)
         return {
-            "precision": str(self.clip.model.dtype).removeprefix("torch."),
+            "precision": str(self.clip.dtype).removeprefix("torch."),
             "batch": self.plan.in_words(batch),
             "processes": distributed.world_size(),
             "steps skipped by loss scaling": self.learner.skipped,
