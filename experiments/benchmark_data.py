@@ -62,8 +62,8 @@ class Options:
     """Draws the images."""
 
     def __post_init__(self) -> None:
-        if self.images < 2 * BATCH or self.rounds < 1 or self.many < 1000:
-            raise UserError(f"give --images of {2 * BATCH}, --rounds of 1 and --many of 1000 or more.")
+        if self.rounds < 1 or any(count < SHARD or count % SHARD for count in (self.images, self.many)):
+            raise UserError(f"give --rounds of 1 or more, --images and --many of {SHARD} or a multiple of it.")
 
 
 def write_shards(folder: Path, count: int, seed: int) -> None:

@@ -175,8 +175,7 @@ def learn(
 
 def train(clip: Clip, pixels: torch.Tensor, captions: list[str], args: argparse.Namespace) -> float:
     """First phase: all weights, whole captions, bf16 autocast (slow on a CPU that has no bf16 arithmetic)."""
-    # the fused kernel's backward pass is slow on a CPU in bf16; text keeps it, as eager attention is not causal here
-    clip.model.set_attn_implementation({"vision_config": "eager"})
+    clip.model.set_attn_implementation("eager")  # in bf16, as Clip itself would choose: autocast it does not see
     ids, lengths = clip.tokens(captions)
 
     def features(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:

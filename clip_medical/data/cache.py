@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -108,7 +109,7 @@ def cache_key(split: Split, size: int) -> str:
         "format": FORMAT,
         "size": size,
         "code": [Path(module.__file__ or "").read_text() for module in (images, dicom, png)],
-        "libraries": [version("Pillow"), version("pydicom") if has_dicom else None],
+        "libraries": [version("Pillow"), version("isal"), version("pydicom") if has_dicom else None],
         "origins": split.origins,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -159,16 +160,22 @@ def _square(split: Split, size: int, row: int) -> np.ndarray | str:
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[int], T], rows: list[int]) -> Generator[T, None, None]:
-    """Results in order, PART of them at most waiting: Executor.map would begin, and keep, as many as it can."""
+    """Results in order, few of them waiting: Executor.map would begin, and keep, as many as it can."""
     waiting: deque[Future[list[T]]] = deque()
+    stopped = Event()
+
+    def work_on(run: list[int]) -> list[T]:
+        return [work(row) for row in run if not stopped.is_set()]
+
     try:
         for start in range(0, len(rows), RUN):
-            waiting.append(pool.submit(lambda run: list(map(work, run)), rows[start : start + RUN]))
-            if len(waiting) >= PART // RUN:
+            waiting.append(pool.submit(work_on, rows[start : start + RUN]))
+            if len(waiting) >= max(PART // RUN, 2 * _cores()):
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
     finally:  # after an error or Ctrl-C
+        stopped.set()
         for future in waiting:
             future.cancel()
 

@@ -19,7 +19,8 @@ LARGEST = 2**26  # bytes of pixels above which memory matters more than time
 def inflated(data: bytes) -> bytes:
     """The same PNG with its pixels uncompressed, from which Pillow reads the same image in 2/3 of the time.
 
-    Whatever else it is given comes back as it was: another format, a damaged file, an interlaced or a huge image.
+    Whatever else it is given comes back as it was: another format, a damaged file, a huge image, one whose rows are not
+    as many bytes as they should be, as where they are interlaced.
     """
     if not data.startswith(HEADER):
         return data
@@ -35,7 +36,7 @@ def inflated(data: bytes) -> bytes:
         return data
     if len(pixels) != size or not decompressor.eof or decompressor.unused_data:
         return data
-    blocks: list[bytes | memoryview] = [b"\x78\x01"]  # the header of zlib's format (RFC 1950)
+    blocks: list[bytes | memoryview] = [stream[:2]]  # the header of zlib's format (RFC 1950), at which Pillow looks too
     for first in range(0, size, BLOCK):
         block = memoryview(pixels)[first : first + BLOCK]
         blocks += [struct.pack("<BHH", first + BLOCK >= size, len(block), len(block) ^ 0xFFFF), block]

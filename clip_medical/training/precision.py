@@ -17,7 +17,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[torch.dtype,
     if requested != "auto":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[requested]
         return dtype, "as asked"
-    if device.type == "cpu":  # fp32 on all of them, so that the same command learns the same on another machine
+    if device.type == "cpu":  # fp32 on all of them: the format is not to depend on which of them it happens to be
         able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot say
         faster = "; this one has AMX: --precision bf16 is faster" if able.get("amx_bf16") else ""
         return torch.float32, f"as on any CPU{faster}"

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,45 @@ def test_a_trouble_of_the_source_is_not_an_unreadable_image(own_root: Path) -> N
 
     check(open_cache(Split(split.captions, split.ids, {}, counting, split.origins), SIZE, "test"), list(range(40)))
     assert min(opened) == 24
+
+
+def test_no_more_is_begun_than_will_soon_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches all pictures of a split decoded into memory while the writer still writes the first; and more threads
+    than there are runs of rows to give them."""
+    monkeypatch.setattr(cache, "_cores", lambda: 16)
+    begun: list[int] = []
+
+    def work(row: int) -> int:
+        begun.append(row)
+        return row
+
+    with ThreadPoolExecutor(16) as pool:
+        results = cache._in_order(pool, work, list(range(1000)))
+        assert next(results) == 0
+        ahead = 2 * 16 * cache.RUN
+        deadline = time.monotonic() + 10
+        while len(begun) < ahead and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert sorted(begun) == list(range(ahead))
+        assert list(results) == list(range(1, 1000))
+
+
+def test_an_error_waits_for_no_row_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches Ctrl-C, or the network's end, that is answered after whole runs of slow pictures."""
+    monkeypatch.setattr(cache, "RUN", 100)
+    begun: list[int] = []
+
+    def work(row: int) -> int:
+        begun.append(row)
+        time.sleep(0.01)
+        if row == 0:
+            raise UserError("no network")
+        return row
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(UserError):
+        next(cache._in_order(pool, work, list(range(1000))))
+    assert 0 in begun and len(begun) < 20
 
 
 def test_too_little_space_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

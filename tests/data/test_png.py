@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from clip_medical.data.png import inflated
 
@@ -76,16 +76,25 @@ def test_several_pixels_in_a_byte(bits: int) -> None:
 
 def test_what_stands_beside_the_pixels_stays() -> None:
     """Catches a transparent colour, an orientation or a text lost with the chunks around the pixels."""
-    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
+    exif = Image.Exif()
     exif[0x0112] = 6
-    text.add(b"tEXt", b"after\0words", after_idat=True)
-    data = png(noise("P", 40, 30), transparency=3, exif=exif, pnginfo=text, dpi=(100, 100))
-    assert inflated(data) != data
-    assert read(inflated(data)) == read(data)
+    before = png(noise("P", 40, 30), transparency=3, exif=exif, dpi=(100, 100))
+    after = before[:-12] + chunk(b"tEXt", b"after\0words") + before[-12:]
+    assert "after" in read(after)[4] and "dpi" in read(after)[4]
     frames = [noise("RGB", 40, 30), noise("RGB", 40, 30).rotate(90)]
     animated = png(frames[0], save_all=True, append_images=frames[1:])
-    assert inflated(animated) != animated
-    assert read(inflated(animated)) == read(animated)
+    for data in (after, animated):
+        assert inflated(data) != data
+        assert read(inflated(data)) == read(data)
+    assert inflated(animated).count(b"fdAT") == animated.count(b"fdAT") == 1
+
+
+def test_a_huge_image_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches one that would be held three times: as the file, as rows, and as the file with these rows."""
+    data = png(noise("L", 60, 50))
+    for largest, alike in ((50 * 61, False), (50 * 61 - 1, True)):
+        monkeypatch.setattr("clip_medical.data.png.LARGEST", largest)
+        assert (inflated(data) == data) == alike
 
 
 def test_whatever_is_not_an_intact_png_comes_back() -> None:
@@ -98,6 +107,7 @@ def test_whatever_is_not_an_intact_png_comes_back() -> None:
         "jpeg": b"\xff\xd8\xff\xe0 what a PNG is not",
         "empty": b"",
         "checksum": by_hand(8, 4, damaged),
+        "checksum missing": by_hand(8, 4, stream[:-4]),
         "rows missing": by_hand(8, 5, stream),
         "rows too many": by_hand(8, 3, stream),
         "bytes after the end": by_hand(8, 4, stream + b"more"),
@@ -119,6 +129,16 @@ def test_a_bomb_does_not_go_off() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_every_header_of_a_zlib_stream() -> None:
+    """Catches a window size that isal accepts, Pillow refuses, and a header of our own would hide."""
+    stream = zlib.compress((b"\x00" + b"\x05" * 8) * 4)
+    for method in range(256):
+        for flags in range(256):
+            if (256 * method + flags) % 31 == 0:  # the check bits of RFC 1950; isal refuses all others
+                data = by_hand(8, 4, bytes([method, flags]) + stream[2:])
+                assert read(inflated(data)) == read(data)
 
 
 DATA = png(noise("L", 60, 50))
