@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -133,6 +133,13 @@ class Clip:
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
+def place(model: CLIPModel, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Move the weights and cast them, all but the temperature: bf16 would make a scale of 100 one of 98.9."""
+    scale, weights = model.logit_scale.detach().float(), cast(torch.nn.Module, model)  # whose `to` has types
+    weights.to(device=device, dtype=dtype)
+    model.logit_scale.data = scale.to(device)
+
+
 def load_clip(
     name: str = "tiny-clip",
     device: torch.device | str = "cpu",
@@ -165,6 +172,5 @@ def load_clip(
         ) from error
     model, tokenizer, picture = parts
     fingerprint = weights_fingerprint(model)  # of the weights as published, before they are cast to `dtype`
-    model.to(device=device, dtype=dtype)
-    model.logit_scale.data = model.logit_scale.data.float()
+    place(model, device, dtype)
     return Clip(model, tokenizer, picture, name, fingerprint, getattr(model.config, "_commit_hash", None))

@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from clip_medical.data.batches import Pairs
 from clip_medical.data.phantoms import phantom
-from clip_medical.model import Clip, load_clip
+from clip_medical.model import Clip, load_clip, place
 from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.memory import keep_freed_memory
 from lora import LoRALinear, adapter_parameters, inject
@@ -73,9 +73,8 @@ class Ours:
         keep_freed_memory(device)  # as train.py does; where they share a process, the others gain by it as well
         tokenizer, picture = load_clip().tokenizer, CLIPImageProcessor()
         model: Any = vit_b_32(tokenizer)
-        model.to(device=device, dtype=dtype)
+        place(model, device, dtype)
         self.clip = Clip(model, tokenizer, picture, "ViT-B/32")
-        model.logit_scale.data = model.logit_scale.data.float()
         torch.manual_seed(1)
         inject(model, rank=RANK, alpha=ALPHA)
         model.train()
@@ -114,7 +113,14 @@ class UsualLoop:
     def __init__(self, rows: Sequence[Row], batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         tokenizer = load_clip().tokenizer
         self.processor = CLIPProcessor(CLIPImageProcessor(), tokenizer)
-        self.rows, self.batch_size, self.device, self.dtype = rows, batch_size, device, dtype
+        self.device, self.dtype = device, dtype
+        # On a CPU the model itself takes all cores, and workers beside it would slow it down. On a GPU `prepared`
+        # starts them, outside all that is timed.
+        on_gpu = device.type == "cuda"
+        workers = min(os.cpu_count() or 1, -(-len(rows) // batch_size)) if on_gpu else 0
+        data: Any = rows
+        self.loader = DataLoader(data, batch_size, collate_fn=self.collate, num_workers=workers, pin_memory=on_gpu,
+                                 persistent_workers=on_gpu)  # fmt: skip
         self.model: nn.Module = self.adapt(vit_b_32(tokenizer)).to(device).train()
         self.learned = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.learned, lr=LR, fused=True)
@@ -146,12 +152,7 @@ class UsualLoop:
         return list(self.epoch())
 
     def epoch(self) -> Iterator[dict[str, Tensor]]:
-        # On a CPU the model itself takes all cores, and workers beside it would slow it down.
-        on_gpu = self.device.type == "cuda"
-        workers = (os.cpu_count() or 1) if on_gpu else 0
-        rows: Any = self.rows
-        return iter(DataLoader(rows, self.batch_size, collate_fn=self.collate, num_workers=workers,
-                               pin_memory=on_gpu))  # fmt: skip
+        return iter(self.loader)
 
 
 class Peft(UsualLoop):

@@ -26,7 +26,7 @@ from clip_medical import command_line
 from clip_medical.config import Config
 from clip_medical.data.batches import Pairs
 from clip_medical.evaluation.report import as_text, environment
-from clip_medical.model import Clip, load_clip
+from clip_medical.model import Clip, load_clip, place
 from clip_medical.runs import write_text
 from clip_medical.training.contrastive import LOGITS, contrastive_backward
 from clip_medical.training.learner import Learner
@@ -94,10 +94,10 @@ def curve(seed: int) -> dict[str, Any]:
 
 def planned_step(clip: Clip, batch: int, chunk: Any, checkpointing: Any, seed: int) -> dict[str, Any]:
     """Training steps of an adapted CLIP as `make_plan` plans them: the plan, its forecast and the peak, in bytes."""
-    config = Config(batch_size=batch, chunk_size=chunk, checkpointing=checkpointing)
+    config = Config(batch_size=batch, chunk_size=chunk, checkpointing=checkpointing, fragments=1)  # as roco has it
     scaled = clip.dtype == torch.float16
     learner = Learner(adapter_parameters(clip.model), clip.model.logit_scale, config, steps=2, scaled=scaled)
-    pairs = made_pairs(clip, batch, seed)
+    pairs = made_pairs(clip, batch, seed).in_epoch(config, 0)
     plan = make_plan(clip, pairs, config, batch)
     clip.model.train()
     for _ in range(2):  # the moments of Adam are made in the first
@@ -113,8 +113,7 @@ def step_on_a_t4(batch: int, chunk: Any, checkpointing: str, seed: int) -> dict[
     torch.cuda.set_per_process_memory_fraction(min(1.0, T4 * GIB / total))
     tokenizer = load_clip().tokenizer
     model: Any = vit_b_32(tokenizer)
-    model.to(device="cuda", dtype=torch.float16)
-    model.logit_scale.data = model.logit_scale.data.float()
+    place(model, "cuda", torch.float16)
     inject(model)
     clip = Clip(model, tokenizer, CLIPImageProcessor(), "ViT-B/32")
     try:

@@ -40,13 +40,15 @@ def test_features_equal_those_of_transformers(clip: Clip, pictures: list[Image.I
 
 
 def test_features_have_unit_length_and_fp32(clip: Clip, pictures: list[Image.Image]) -> None:
-    """Catches the forgotten normalisation, and half-precision features over half-precision weights."""
+    """Catches the forgotten normalisation, half-precision features over half-precision weights, and a temperature
+    that was rounded with them before it was kept in fp32."""
     half = load_clip(dtype=torch.bfloat16)
     for one in (clip, half):
         for features in (one.encode_images(pictures), one.encode_texts(CAPTIONS)):
             assert features.dtype == torch.float32
             torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
     assert half.model.logit_scale.dtype == torch.float32
+    assert half.model.logit_scale.item() == clip.model.logit_scale.item()
 
 
 def test_neighbours_in_the_batch_change_nothing(clip: Clip, pictures: list[Image.Image]) -> None:

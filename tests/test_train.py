@@ -244,6 +244,22 @@ def test_a_loss_that_is_not_finite_names_its_rows(what: str, tmp_path: Path, mon
     assert state["step"] == 2 and all(w.isfinite().all() for w in state["learner"]["parameters"])
 
 
+def test_fp16_does_not_skip_steps_for_ever(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Catches a run whose every step is skipped, which ends as if it had learned something."""
+    original = train.contrastive_backward
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        loss = original(*arguments)
+        adapter_parameters(arguments[0].model)[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
+        return loss
+
+    monkeypatch.setattr(train, "contrastive_backward", poisoned)
+    assert run(monkeypatch, *SMALL, "--precision", "fp16", "--steps", "60", "--output", tmp_path / "run") == 2
+    assert "the gradient of step 16 is " in capsys.readouterr().err  # the scale was 65,536 at first: 2 to the 16
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    assert state["step"] == 15 and state["learner"]["skipped"] == 16
+
+
 def test_tensorboard_has_the_curves_or_says_how_to_get_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """Catches a flag that writes nothing, and an ImportError in the face of who has not installed it."""
     from clip_medical.training.progress import Progress

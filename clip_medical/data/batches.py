@@ -80,7 +80,10 @@ class Pairs:
 
     def pictures(self, rows: Tensor, device: torch.device) -> Tensor:
         """(n,) row numbers -> (n, 3, S, S) uint8 on the device, as this epoch sees them."""
-        pixels = self.pixels[rows].to(device)
+        pixels = self.pixels[rows]
+        if pixels.stride(1) == 0:  # grey ones, one channel seen three times: once is enough on the way
+            pixels = pixels[:, :1].to(device).expand(-1, 3, -1, -1)
+        pixels = pixels.to(device)
         return pixels if self.views is None else augment(pixels, self.views[rows])
 
     def in_epoch(self, config: Config, epoch: int) -> "Pairs":

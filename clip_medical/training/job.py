@@ -74,7 +74,8 @@ class Job:
             self.plan = Plan(**state["plan"])  # made anew it could come out differently, and with it the rounding
             set_checkpointing(self.clip, self.plan.checkpointing)
         else:
-            self.plan = make_plan(self.clip, self.pairs, self.config, distributed.divide(self.config.batch_size))
+            pairs = self.pairs.in_epoch(self.config, 0)  # the fragments take memory too
+            self.plan = make_plan(self.clip, pairs, self.config, distributed.divide(self.config.batch_size))
         checkpoint.restore_random_states(state["random"][distributed.rank() % len(state["random"])])
         print(f"Resumed  after step {self.done} of {self.steps}, from the checkpoint in {self.folder}")
         return True

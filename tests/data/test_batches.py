@@ -78,6 +78,14 @@ def test_other_captions_are_tokenized_anew(split: Split, clip: Clip) -> None:
     assert not torch.equal(other.tokens[0], pairs.tokens[0])
 
 
+def test_grey_pictures_travel_once(split: Split, clip: Clip) -> None:
+    """Catches one channel copied three times on the CPU and sent three times to the GPU."""
+    pairs, device = prepare(split, clip, "test"), torch.device("meta")
+    grey, mixed = (pairs.pictures(torch.tensor(rows), device) for rows in ([0, 1], [0, 3]))  # the latter is coloured
+    assert grey.shape == mixed.shape == (2, 3, clip.image_size, clip.image_size)
+    assert grey.stride(1) == 0 != mixed.stride(1)
+
+
 def test_an_epoch_meets_every_row_once_in_another_order() -> None:
     """Catches rows that are left out or met twice, epochs in one order, and a seed without effect."""
     two_epochs = [[batch.tolist() for batch in islice(row_batches(90, 10, seed), 18)] for seed in (0, 1)]

@@ -6,7 +6,9 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +70,26 @@ def test_another_precision_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state | {"precision": "float16"})
     with pytest.raises(UserError, match="begun in float16.*--precision fp16"):
         job.resume()
+
+
+def test_a_new_plan_counts_the_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches memory planned for the captions alone, by the very --chunk-size that an "out of memory" asks for."""
+    from clip_medical.training import job as job_module
+    from clip_medical.training.learner import Learner
+    from clip_medical.training.memory import Plan
+    from lora import adapter_parameters
+    from tests.training.children import data
+
+    planned: list[int] = []
+
+    def make_plan(clip: object, pairs: Any, *_: object) -> Plan:
+        planned.append(len(pairs.fragments))
+        return Plan()
+
+    monkeypatch.setattr(job_module, "make_plan", make_plan)
+    config, clip = replace(CONFIG, fragments=3), small_clip()
+    learner = Learner(adapter_parameters(clip.model), clip.model.logit_scale, config, 30, scaled=False)
+    job = job_module.Job(tmp_path, config, clip, data(), data(), learner, 30, [])
+    job.save()
+    job.config = replace(config, chunk_size=2)
+    assert job.resume() and planned == [3]
