@@ -135,7 +135,7 @@ def loop(job: Job) -> None:
             if not loss.isfinite():
                 job.refuse(rows, "loss", loss.item())
             lr, norm = learner.lr, learner.step(config.clip_norm)
-            # fp16 skips a step and halves its scale, to 1 at most: then the scale is not what is wrong. Others have 1
+            # fp16 skips the step and halves the scale of the loss, but one of 1 is not too large; others have no more
             if not math.isfinite(norm) and learner.scaler.get_scale() <= 1:
                 job.refuse(rows, "gradient", norm)
             job.done, seconds = job.done + 1, time.perf_counter() - began
@@ -191,7 +191,7 @@ def report(job: Job, data: Data, facts: dict[str, Any]) -> None:
         pixels = job.held_out.pixels[:8]
         again = load_run(folder, clip.device, clip.dtype).image_features(pixels)
         off = (again - clip.image_features(pixels)).abs().max().item()
-    if not off < (1e-4 if clip.dtype == torch.float32 else 1e-2):  # where other kernels would round otherwise
+    if not off < (1e-4 if clip.dtype == torch.float32 else 1e-2):  # half precision: another kernel may round otherwise
         raise RuntimeError(f"the adapter read back from {folder} gives features that differ by {off}")
     print(f"\nLoss     {losses[0]:.2f} at first, {facts['training']['last loss']:.2f} in the mean of the last 20 steps")
     print(f"Time     {facts['training']['time spent waiting for data']} of it spent waiting for data")

@@ -135,8 +135,8 @@ class Clip:
 
 def place(model: CLIPModel, device: torch.device | str, dtype: torch.dtype) -> None:
     """Move the weights and cast them, all but the temperature: bf16 would make a scale of 100 one of 98.9."""
-    scale, weights = model.logit_scale.detach().float(), cast(torch.nn.Module, model)  # whose `to` has types
-    weights.to(device=device, dtype=dtype)
+    scale = model.logit_scale.detach().float()
+    cast(torch.nn.Module, model).to(device=device, dtype=dtype)  # transformers' wrapper of `to` hides its types
     model.logit_scale.data = scale.to(device)
 
 

@@ -162,7 +162,7 @@ def copies(drawn: Path, count: int) -> Iterator[Path]:
     """A folder beside `drawn` with `count` images: its shards, again and again."""
     with tempfile.TemporaryDirectory(dir=drawn.parent) as folder:
         shards = sorted(drawn.glob("*.parquet"))
-        for number in range(-(-count // SHARD)):
+        for number in range(count // SHARD):
             os.link(shards[number % len(shards)], Path(folder) / f"train-{number:05}.parquet")
         yield Path(folder)
 

@@ -160,7 +160,7 @@ def _square(split: Split, size: int, row: int) -> np.ndarray | str:
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[int], T], rows: list[int]) -> Generator[T, None, None]:
-    """Results in order, few of them waiting: Executor.map would begin, and keep, as many as it can."""
+    """Results in order, a part of them waiting, or two runs a core: Executor.map would begin, and keep, all it can."""
     waiting: deque[Future[list[T]]] = deque()
     stopped = Event()
 

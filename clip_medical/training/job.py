@@ -40,6 +40,11 @@ class Job:
         """What the plan was made for."""
         return [self.config.chunk_size, self.config.checkpointing, distributed.world_size(), self.clip.device.type]
 
+    @property
+    def _precision(self) -> str:
+        """float32, bfloat16 or float16: what --precision came to."""
+        return str(self.clip.dtype).removeprefix("torch.")
+
     def save(self) -> None:
         """Called by all processes; rank 0 writes."""
         states = distributed.from_everyone(checkpoint.random_states())
@@ -51,7 +56,7 @@ class Job:
                 "random": states,
                 "plan": asdict(self.plan),
                 "how": self._how,
-                "precision": str(self.clip.dtype).removeprefix("torch."),
+                "precision": self._precision,
                 "config": asdict(self.config),
             }
             checkpoint.save(self.folder, state)
@@ -61,11 +66,10 @@ class Job:
         state = distributed.from_rank_0(lambda: checkpoint.load(self.folder))
         if state is None:
             return False
-        here = str(self.clip.dtype).removeprefix("torch.")
-        if state["precision"] != here:
+        if state["precision"] != self._precision:
             flag = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[state["precision"]]
             raise UserError(
-                f"the run in {self.folder} was begun in {state['precision']} and would go on in {here}: "
+                f"the run in {self.folder} was begun in {state['precision']} and would go on in {self._precision}: "
                 f"resume it with --precision {flag}, or start a new run."
             )
         self.done, self.best = state["step"], Best(**state["best"])
@@ -114,7 +118,7 @@ class Job:
             )
         batch = distributed.divide(self.config.batch_size)
         return {
-            "precision": str(self.clip.dtype).removeprefix("torch."),
+            "precision": self._precision,
             "batch": self.plan.in_words(batch),
             "processes": distributed.world_size(),
             "steps skipped by loss scaling": self.learner.skipped,
