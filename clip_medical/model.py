@@ -41,11 +41,8 @@ class Clip:
         revision: str | None = None,
     ) -> None:
         self.model = model.eval()
-        # torch's fused attention, but for half precision on a CPU: there its backward pass is slower than the matrix
-        # products and the softmax of eager attention, for bf16 with AMX about four times
-        slow = self.device.type == "cpu" and self.dtype.itemsize == 2
-        model.set_attn_implementation("eager" if slow else "sdpa")
         use_quick_gelu(model)
+        self.checkpointing = False  # in training, compute activations twice instead of keeping them
         self.tokenizer = tokenizer
         self.image_processor = picture  # kept for export; the arithmetic below is our own
         self.name = name
@@ -80,15 +77,14 @@ class Clip:
     def image_features(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, D). Normalised on the device: a byte a value is all that has to travel there."""
         inputs = (pixels.to(self.device).float() - self.mean) / self.std
-        pooled = image_tower(self.model.vision_model, inputs.to(self.dtype))
+        pooled = image_tower(self.model.vision_model, inputs.to(self.dtype), self.checkpointing)
         # our own projection: what get_image_features returns differs between versions of transformers
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     def text_features(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """(N, L) and (N,) -> (N, D). Padding beyond the longest of these N is left out: CLIP's text is causal, so that
-        what follows the end token changes nothing."""
-        ids, lengths = ids[:, : int(lengths.max())].to(self.device), lengths.to(self.device)
-        pooled = text_tower(self.model.text_model, ids, lengths)
+        """(N, L) and (N,) -> (N, D). The padding is left out: CLIP's text is causal, so that what follows the end token
+        changes nothing."""
+        pooled = text_tower(self.model.text_model, ids, lengths, self.checkpointing)
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
 
     @torch.no_grad()
@@ -105,9 +101,8 @@ class Clip:
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Sentences -> (N, D) on the CPU."""
         ids, lengths = self.tokens(texts)
-        order = lengths.argsort()  # neighbours of one length share little padding
-        features = torch.cat([self.text_features(ids[rows], lengths[rows]).cpu() for rows in order.split(batch_size)])
-        return features[order.argsort()]
+        rows = torch.arange(len(ids)).split(batch_size)
+        return torch.cat([self.text_features(ids[r], lengths[r]).cpu() for r in rows])
 
     @torch.no_grad()
     def classify(self, image: Image.Image, labels: Sequence[str]) -> dict[str, float]:

@@ -1,58 +1,159 @@
-"""The two towers of CLIP, which compute in their last layer no more than is read of it.
+"""The two towers of CLIP, which compute no more than what is read of them: no padding, and one token in the last layer.
 
 A tower turns a sequence of L tokens into L vectors and keeps one: the class token's of a picture, the end token's of a
-caption. The layers below the last need all L, as each token attends to the others. The last one needs the keys and
-values of all, but query, output projection and the whole MLP, ten of its twelve D x D products, of that one token
-alone. To leave out the rest saves 7 % of the twelve layers of ViT-B/32, forward and backward, and more of a small CLIP.
+caption. Two things follow.
+
+Captions differ in length, those of radiology fill less than half of their 77 tokens, and text is causal, so that what
+follows the end token changes nothing before it. All layers but attention work on each token by itself: they see the
+tokens of all captions as rows of one matrix, with nothing in between. Attention alone, a few per cent of the
+arithmetic, needs them side by side, padded to the longest.
+
+The layers below the last need all L, as each token attends to the others. The last one needs the keys and values of
+all, but query, output projection and the whole MLP, ten of its twelve D x D products, of that one token alone.
+
 Values and gradients are those of transformers' towers to rounding.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPVisionModel
 
 
-def image_tower(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """Normalised pixels (N, 3, S, S) -> (N, D): what tower(pixels).pooler_output holds."""
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    for layer in tower.encoder.layers[:-1]:
-        hidden = layer(hidden, None)
-    class_token = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    pooled: Tensor = tower.post_layernorm(_read_at(tower.encoder.layers[-1], hidden, class_token))
+@dataclass(frozen=True)
+class Sequences:
+    """N sequences, whose tokens are the rows of a matrix (T, D), one sequence after the other."""
+
+    count: int  # N
+    longest: int  # L
+    read: Tensor  # (N,) the row of each sequence that is kept in the end
+    places: Tensor | None = None  # (T,) of each row in the padded (N * L); None: all are equally long, T = N * L
+    seen: Tensor | None = None  # (N, 1, 1, L) what the kept token attends to in causal text; None: all
+
+    def side_by_side(self, rows: Tensor, heads: int) -> Tensor:
+        """(T, D) -> (N, heads, L, D / heads), zero in the padding."""
+        if self.places is not None:
+            rows = rows.new_zeros(self.count * self.longest, rows.shape[1]).index_copy_(0, self.places, rows)
+        return rows.view(self.count, self.longest, heads, -1).transpose(1, 2)
+
+    def as_rows(self, heads: Tensor) -> Tensor:
+        """(N, heads, L, D / heads) -> (T, D), the way back."""
+        rows = heads.transpose(1, 2).reshape(self.count * self.longest, -1)
+        picked: Tensor = rows if self.places is None else _Rows.apply(rows, self.places)
+        return picked
+
+
+class _Rows(torch.autograd.Function):
+    """rows[places], where no place comes twice: so the gradient is copied back, where torch would add it up, slowly."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)
+        return rows[places]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, places, grad), None
+
+
+def image_tower(tower: CLIPVisionModel, pixels: Tensor, checkpointing: bool = False) -> Tensor:
+    """Normalised pixels (N, 3, S, S) -> (N, D): what tower(pixels).pooler_output holds.
+
+    checkpointing: compute the activations of each layer twice instead of keeping them.
+    """
+    embeddings, hidden = tower.embeddings, _patches(pixels, tower.embeddings.patch_embedding.weight)
+    class_tokens = embeddings.class_embedding.expand(len(hidden), 1, -1)
+    hidden = torch.cat([class_tokens, hidden], dim=1) + embeddings.position_embedding.weight
+    hidden = tower.pre_layrnorm(hidden)
+    count, length = hidden.shape[:2]
+    sequences = Sequences(count, length, torch.arange(count, device=hidden.device) * length)
+    pooled: Tensor = tower.post_layernorm(_encode(tower, hidden.flatten(0, 1), sequences, checkpointing))
     return pooled
 
 
-def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor) -> Tensor:
+def _patches(pixels: Tensor, weight: Tensor) -> Tensor:
+    """(N, 3, S, S) -> (N, G * G, D): a convolution (D, 3, P, P) with stride P, as the matrix product that it is.
+
+    Patches do not overlap, so that each pixel is copied once; convolutions of this kind find slow kernels on GPUs.
+    """
+    side, patch = pixels.shape[-1], weight.shape[-1]
+    grid = side // patch
+    cut = pixels[:, :, : grid * patch, : grid * patch].unflatten(3, (grid, patch)).unflatten(2, (grid, patch))
+    return F.linear(cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), weight.flatten(1))
+
+
+def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing: bool = False) -> Tensor:
     """Token ids (N, L), the last of the `lengths` (N,) of each the end token -> (N, D): the pooler_output of `tower`.
 
-    No mask hides what follows the end token: CLIP's text is causal, so that it changes nothing before.
+    Best given on the CPU, where counting the tokens waits for no GPU; the result is where the tower is.
     """
-    hidden = tower.embeddings(input_ids=ids)
-    mask = None
-    if tower.config._attn_implementation == "eager":  # which has to be shown what the fused kernels need only be told
-        mask = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
-    for layer in tower.encoder.layers[:-1]:
-        hidden = layer(hidden, mask, is_causal=True)
-    pooled: Tensor = tower.final_layer_norm(_read_at(tower.encoder.layers[-1], hidden, lengths - 1, causal=True))
+    count, longest = len(ids), int(lengths.max())
+    position = torch.arange(longest, device=ids.device)
+    held = position < lengths[:, None]
+    places = held.flatten().nonzero().flatten()
+    device = tower.embeddings.token_embedding.weight.device
+    tokens, places = ids[:, :longest][held].to(device), places.to(device)
+    seen = held[:, None, None].to(device)
+    sequences = Sequences(count, longest, (lengths.cumsum(0) - 1).to(device), places, seen)
+    hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(places % longest)
+    pooled: Tensor = tower.final_layer_norm(_encode(tower, hidden, sequences, checkpointing))
     return pooled
 
 
-def _read_at(layer: Any, hidden: Tensor, at: Tensor, causal: bool = False) -> Tensor:
-    """hidden (N, L, D), at (N,) -> (N, D): of what the CLIPEncoderLayer makes of `hidden`, the token `at` of each.
+def _encode(tower: Any, hidden: Tensor, sequences: Sequences, checkpointing: bool) -> Tensor:
+    """(T, D) -> (N, D), through all layers."""
+    *layers, last = tower.encoder.layers
+    for layer in layers:
+        if checkpointing and torch.is_grad_enabled():
+            # not the reentrant kind: it would lose the gradients, as the input is frozen
+            hidden = checkpoint(_layer, layer, hidden, sequences, use_reentrant=False)
+        else:
+            hidden = _layer(layer, hidden, sequences)
+    return _last_layer(last, hidden, sequences)
 
-    causal: that token sees itself and those before it.
-    """
-    attention, rows = layer.self_attn, torch.arange(len(hidden), device=hidden.device)
-    heads = (len(hidden), -1, attention.num_heads, attention.head_dim)
-    normed = layer.layer_norm1(hidden)
-    query = attention.q_proj(normed[rows, at]).view(heads).transpose(1, 2)
-    key, value = (projection(normed).view(heads).transpose(1, 2) for projection in (attention.k_proj, attention.v_proj))
-    seen = (torch.arange(hidden.shape[1], device=hidden.device) <= at[:, None])[:, None, None] if causal else None
-    dropout = attention.dropout if attention.training else 0.0
-    mixed = F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=attention.scale)
-    read = hidden[rows, at] + attention.out_proj(mixed.flatten(1))
+
+def _layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
+    """(T, D) -> (T, D), what a CLIPEncoderLayer makes of it."""
+    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    heads = [sequences.side_by_side(projection(normed), attention.num_heads) for projection in projections]
+    mixed = _attend(attention, *heads, causal=sequences.seen is not None)
+    hidden = hidden + attention.out_proj(sequences.as_rows(mixed))
+    result: Tensor = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return result
+
+
+def _last_layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
+    """(T, D) -> (N, D), of what `_layer` would make of it the rows that are read."""
+    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+    query = attention.q_proj(normed[sequences.read])[:, None].unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+    projections = (attention.k_proj, attention.v_proj)
+    key, value = (sequences.side_by_side(projection(normed), attention.num_heads) for projection in projections)
+    mixed = _attend(attention, query, key, value, seen=sequences.seen)
+    read = hidden[sequences.read] + attention.out_proj(mixed.flatten(1))
     result: Tensor = read + layer.mlp(layer.layer_norm2(read))
     return result
+
+
+def _attend(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool = False, seen: Tensor | None = None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V of each head, (N, heads, L, d). causal: each token sees itself and those before it."""
+    dropout = attention.dropout if attention.training else 0.0
+    if query.device.type == "cpu" and query.dtype.itemsize == 2:
+        # torch's fused kernel has a backward pass in half precision that is slower than this, about four times on a
+        # CPU with AMX
+        if causal:
+            seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+        scores = attention.scale * query @ key.transpose(2, 3)
+        scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+        return F.dropout(scores.softmax(dim=3), dropout) @ value
+    return F.scaled_dot_product_attention(query, key, value, seen, dropout, causal, scale=attention.scale)

@@ -90,9 +90,10 @@ class LoRALinear(nn.Module):
         if self.strength == 0:
             return y  # skipped, not multiplied by 0: 0 * NaN is NaN, and "off" has to be the base bit for bit
         # The casts happen here, to copies: a half-precision product, while autograd brings the gradient back to fp32.
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        # B is scaled and not the result, which has far more numbers.
+        A, B = self.lora_A.to(x.dtype), (self.strength * self.scaling * self.lora_B).to(x.dtype)
         branch = F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B)
-        return y + (self.strength * self.scaling * branch).to(y.dtype)
+        return y + branch.to(y.dtype)
 
     def delta_weight(self) -> Tensor:
         """strength * scaling * B A, the whole correction as one matrix, (out, in) in fp32 (fp64 after `.double()`)."""

@@ -43,7 +43,10 @@ def make_batch(n: int = 6) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
-    return model(**make_batch()).logits_per_image
+    """In double precision, where scaling B and scaling B A x are the same to 15 digits."""
+    batch = make_batch()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    return copy.deepcopy(model).double()(**batch).logits_per_image
 
 
 def randomise(model: nn.Module) -> None:
@@ -84,14 +87,14 @@ def test_peft_to_us_and_back(tmp_path, case):
     assert names == [n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
     expected = logits(theirs)
     assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must show"
-    torch.testing.assert_close(logits(ours), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-12, atol=1e-12)
 
     save_adapter(ours, tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT tells of missing and unexpected keys by warnings alone
         warnings.filterwarnings("ignore", category=FutureWarning)
         again = peft.PeftModel.from_pretrained(make_clip(), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(again), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-12, atol=1e-12)
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters() if "lora_" in n} for m in (again, theirs)]
     assert shapes[0] == shapes[1], "the same layers, no more and no fewer"
 
@@ -108,9 +111,9 @@ def test_an_adapter_stored_in_half_precision(tmp_path, case, dtype):
     assert {p.dtype for p in adapter_parameters(ours)} == {torch.float32}
     expected = logits(theirs)
     assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must show"
-    torch.testing.assert_close(logits(ours), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-12, atol=1e-12)
     merge(ours)
-    torch.testing.assert_close(logits(ours), logits(theirs.merge_and_unload()), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(ours), logits(theirs.merge_and_unload()), rtol=1e-6, atol=1e-6)  # of fp32
 
 
 @pytest.mark.parametrize("within", [None, "text_model", ["vision_model"], "vision_model.encoder.layers.1"])
@@ -127,7 +130,7 @@ def test_what_inject_makes_loads_in_peft(tmp_path, within, rslora):
         theirs = peft.PeftModel.from_pretrained(make_clip(), tmp_path).eval()
     loaded = [n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
     assert loaded == names
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-12, atol=1e-12)
 
 
 def test_an_adapter_of_several_ranks_is_refused(tmp_path):

@@ -45,17 +45,10 @@ def contrastive_backward(
     encodes its share, and all end with the gradient and the loss of the whole batch.
     """
     own = rows[distributed.share(rows)]
-    # Captions are encoded in order of length and padded to the longest of their own chunk. The loss does not know: it
-    # sees the features in the order of the batch. Radiology captions fill less than half of their 77 tokens on average.
-    # In chunks the longest go first: what they leave free in memory fits all that follow. The other way round each
-    # chunk is a little too large for the room left by the one before, and a CPU's heap grows with the batch.
-    text_chunk = min(chunk_size, captions_at_a_time(len(own)))
-    encoders: list[Encode] = [_image_chunk(clip, pairs, r) for r in own.split(chunk_size)]
-    one_chunk = len(encoders) == 1
-    readings = [pairs, *pairs.fragments]
-    orders = [read.lengths[own].argsort(stable=True, descending=not one_chunk) for read in readings]
-    for read, by_length in zip(readings, orders, strict=True):
-        encoders += [_text_chunk(clip, read, r) for r in own[by_length].split(text_chunk)]
+    chunks, readings = own.split(chunk_size), [pairs, *pairs.fragments]
+    one_chunk = len(chunks) == 1
+    encoders: list[Encode] = [_image_chunk(clip, pairs, r) for r in chunks]
+    encoders += [_text_chunk(clip, read, r) for read in readings for r in chunks]
 
     before, features = [], []
     with torch.set_grad_enabled(one_chunk):
@@ -66,13 +59,13 @@ def contrastive_backward(
 
     images, *texts = torch.cat(features).split(len(own))
     to_images, gradients, losses = torch.zeros_like(images), [], []
-    for read, by_length, sorted_texts in zip(readings, orders, texts, strict=True):
+    for read, read_texts in zip(readings, texts, strict=True):
         ids = [i[rows].to(clip.device) for i in read.ids]
         weighted = partial(_weighted, scale, read.weight)
-        part = _from_loss(images, sorted_texts[by_length.argsort()], clip.model.logit_scale, ids, weighted)
+        part = _from_loss(images, read_texts, clip.model.logit_scale, ids, weighted)
         losses.append(part[0])
         to_images += part[1]
-        gradients += part[2][by_length].split(text_chunk)
+        gradients += part[2].split(chunk_size)
     gradients = [*to_images.split(chunk_size), *gradients]
 
     for encode, state, feature, gradient in zip(encoders, before, features, gradients, strict=True):
@@ -110,11 +103,6 @@ def _from_loss(
     assert to_images is not None and to_texts is not None
     distributed.add_up(total, to_images, to_texts)
     return total, to_images[share], to_texts[share]
-
-
-def captions_at_a_time(count: int) -> int:
-    """Of `count` captions in a plain step: four lengths, but no crowd of small products, which would cost more."""
-    return max(16, -(-count // 4))
 
 
 def _weighted(scale: Scale, weight: float, loss: Tensor) -> Tensor:

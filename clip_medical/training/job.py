@@ -15,7 +15,7 @@ from clip_medical.model import Clip
 from clip_medical.runs import write_text
 from clip_medical.training import checkpoint, distributed
 from clip_medical.training.learner import Learner
-from clip_medical.training.memory import Plan, make_plan, set_checkpointing
+from clip_medical.training.memory import Plan, make_plan
 from clip_medical.training.validation import Best, validation_recall
 
 
@@ -76,7 +76,7 @@ class Job:
         self.learner.load_state_dict(state["learner"])
         if state["how"] == self._how:
             self.plan = Plan(**state["plan"])  # made anew it could come out differently, and with it the rounding
-            set_checkpointing(self.clip, self.plan.checkpointing)
+            self.clip.checkpointing = self.plan.checkpointing
         else:
             pairs = self.pairs.in_epoch(self.config, 0)  # the fragments take memory too
             self.plan = make_plan(self.clip, pairs, self.config, distributed.divide(self.config.batch_size))

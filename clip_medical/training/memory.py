@@ -48,16 +48,6 @@ class Plan:
         return f"{how}, {checkpointing} checkpointing"
 
 
-def set_checkpointing(clip: Clip, on: bool) -> None:
-    """Compute activations twice, do not keep them. The reentrant kind would lose gradients, as the input is frozen."""
-    model: Any = clip.model
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # older transformers
-    if on:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    elif getattr(model, f"is_{name}_checkpointing"):
-        getattr(model, f"{name}_checkpointing_disable")()
-
-
 def make_plan(clip: Clip, pairs: Pairs, config: Config, batch: int) -> Plan:
     """The cheapest way to encode `batch` pairs, this process's share of a batch, that fits; sets the model to it.
 
@@ -76,13 +66,13 @@ def make_plan(clip: Clip, pairs: Pairs, config: Config, batch: int) -> Plan:
             enough = made.chunk_size >= min(LEAST, batch) or config.checkpointing == "off" or chunk
             if made.forecast <= limit and enough:
                 break
-    set_checkpointing(clip, made.checkpointing)
+    clip.checkpointing = made.checkpointing
     return made
 
 
 def _try(clip: Clip, pairs: Pairs, config: Config, batch: int, chunk: int, checkpointing: bool, limit: int) -> Plan:
     """What the step needs in chunks of `chunk` pairs; 0: in the largest ones that stay within the limit."""
-    set_checkpointing(clip, checkpointing)
+    clip.checkpointing = checkpointing
     parameters = [p for p in clip.model.parameters() if p.requires_grad]
     moments = 2 * sum(4 * p.numel() for p in parameters)  # of Adam
     width = clip.model.config.projection_dim
@@ -105,12 +95,9 @@ def _line(clip: Clip, pairs: Pairs, whole: bool) -> tuple[float, float]:
     if clip.device.type == "cuda":  # libraries take their workspaces once
         _peak(clip, pairs, by_length[-TRIALS[0] :], TRIALS[0])
     peaks = []
-    for chunk in TRIALS:
-        if whole:  # all captions are held at a time: take long and short ones as a batch has them
-            rows = by_length[torch.linspace(0, len(by_length) - 1, chunk).long()]
-        else:  # the chunk with the longest captions decides. Four chunks, as captions are sorted into no fewer
-            rows = by_length.flip(0).repeat(4 * chunk)[: 4 * chunk]
-        peaks.append(_peak(clip, pairs, rows, chunk))
+    for chunk in TRIALS:  # long and short captions, as a batch has them
+        rows = by_length[torch.linspace(0, len(by_length) - 1, chunk).long()]
+        peaks.append(_peak(clip, pairs, rows if whole else rows.repeat(2), chunk))
     clip.model.train(mode)
     restore(state)
     each = (peaks[1] - peaks[0]) / (TRIALS[1] - TRIALS[0])

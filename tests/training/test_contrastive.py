@@ -9,9 +9,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from clip_medical.data.batches import Pairs
 from clip_medical.model import Clip
-from clip_medical.training.contrastive import captions_at_a_time, contrastive_backward
+from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.losses import info_nce, same_rows
-from clip_medical.training.memory import set_checkpointing
 from lora import adapter_parameters, inject
 
 N = 22
@@ -56,12 +55,11 @@ def gradients(clip: Clip) -> list[Tensor]:
 
 def one_graph(clip: Clip, data: Pairs, chunk_size: int) -> tuple[Tensor, list[Tensor]]:
     """The definition: all features in one graph, encoded in the same chunks so that dropout draws the same masks."""
-    order = data.lengths.argsort(stable=True, descending=chunk_size < N)
-    text_chunk = min(chunk_size, captions_at_a_time(N))
-    images = torch.cat([clip.image_features(data.pixels[r]) for r in torch.arange(N).split(chunk_size)])
-    texts = torch.cat([clip.text_features(data.tokens[r], data.lengths[r]) for r in order.split(text_chunk)])
+    chunks = torch.arange(N).split(chunk_size)
+    images = torch.cat([clip.image_features(data.pixels[r]) for r in chunks])
+    texts = torch.cat([clip.text_features(data.tokens[r], data.lengths[r]) for r in chunks])
     positives = same_rows(data.caption_ids, data.image_ids)
-    loss = info_nce(images, texts[order.argsort()], clip.model.logit_scale, positives)
+    loss = info_nce(images, texts, clip.model.logit_scale, positives)
     loss.backward()
     return loss.detach(), gradients(clip)
 
@@ -85,7 +83,7 @@ def relative(a: list[Tensor], b: list[Tensor]) -> float:
 @pytest.mark.parametrize("chunk_size", [1, 5, 8, 11, N, 1000])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_chunked_gradients_equal_one_graph(chunk_size: int, dropout: float) -> None:
-    """Catches masks that differ between the passes, a last chunk that is lost, captions left in order of length."""
+    """Catches masks that differ between the passes, a last chunk that is lost, a gradient sent to another chunk."""
     clip, data = small_clip(dropout), pairs()
     torch.manual_seed(3)
     expected_loss, expected = one_graph(clip, data, chunk_size)
@@ -108,21 +106,6 @@ def test_fragments_add_a_weighted_loss_of_their_own(chunk_size: int) -> None:
     loss = contrastive_backward(clip, data, torch.arange(N), chunk_size)
     torch.testing.assert_close(loss, caption_loss)
     assert relative(gradients(clip), expected) < 1e-5
-
-
-def test_chunks_begin_with_the_longest_captions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistake: the shortest first. Then none fits the memory that the one before left, and the heap of a CPU grows."""
-    clip, data, encoded = small_clip(), pairs(), []
-    encode = clip.text_features
-
-    def noted(tokens: Tensor, lengths: Tensor) -> Tensor:
-        encoded.append(int(lengths.max()))
-        return encode(tokens, lengths)
-
-    monkeypatch.setattr(clip, "text_features", noted)
-    contrastive_backward(clip, data, torch.arange(N), chunk_size=5)
-    first, second = encoded[:5], encoded[5:]  # without a graph, and with it
-    assert first == second == sorted(first, reverse=True) and len(set(first)) > 1
 
 
 def test_it_is_not_gradient_accumulation() -> None:
@@ -152,8 +135,7 @@ def test_gradients_are_the_same_with_checkpointing(chunk_size: int) -> None:
     clip, data = small_clip(dropout=0.2), pairs()
     results = []
     for on in (False, True):
-        if on:
-            set_checkpointing(clip, True)
+        clip.checkpointing = on
         torch.manual_seed(3)
         contrastive_backward(clip, data, torch.arange(N), chunk_size)
         results.append(gradients(clip))

@@ -27,7 +27,7 @@ def forecast(config: Config, limit: int, monkeypatch: pytest.MonkeyPatch) -> tup
     plan = make_plan(clip, pairs(), config, BATCH)
     assert torch.equal(before, torch.get_rng_state()), "planning moved the random state"
     assert all(p.grad is None for p in clip.model.parameters()), "planning left gradients"
-    return plan, any(getattr(m, "gradient_checkpointing", False) for m in clip.model.modules())
+    return plan, clip.checkpointing
 
 
 def test_the_cheapest_way_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
