@@ -127,9 +127,12 @@ def loop(job: Job) -> None:
     clip.model.train()
     stop, stopped, saved = StopRequest(), False, time.perf_counter()
     with Progress(job.folder, job.done, job.steps, config.tensorboard) as progress:
+        following = next(batches)
         while job.done < job.steps and not stopped:
             began, clock.seconds = time.perf_counter(), 0.0
-            read, rows = next(batches)
+            (read, rows), following = following, next(batches)
+            own = following[1][distributed.share(following[1])]
+            clock.announce(own[: job.plan.chunk_size])  # the first chunk of the next step is read during this one
             clock.seconds = time.perf_counter() - began
             loss = contrastive_backward(clip, read, rows, job.plan.chunk_size, learner.scaler.scale)
             if not loss.isfinite():

@@ -15,7 +15,6 @@ from transformers.utils import logging as transformers_logging
 from clip_medical.data.images import decode, resize_and_crop
 from clip_medical.errors import UserError
 from clip_medical.provenance import weights_fingerprint
-from clip_medical.quick_gelu import use_quick_gelu
 from clip_medical.towers import image_tower, text_tower
 
 TINY = Path(__file__).parent / "assets" / "tiny-clip"
@@ -41,7 +40,6 @@ class Clip:
         revision: str | None = None,
     ) -> None:
         self.model = model.eval()
-        use_quick_gelu(model)
         self.checkpointing = False  # in training, compute activations twice instead of keeping them
         self.tokenizer = tokenizer
         self.image_processor = picture  # kept for export; the arithmetic below is our own

@@ -5,6 +5,7 @@ them; ratios are medians over the turns. Each row of the table says what was mea
 """
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from clip_medical import command_line
+from clip_medical.data.cache import ROOT_VARIABLE
 from clip_medical.evaluation.report import as_markdown, as_text, environment
 from clip_medical.model import load_clip
 from clip_medical.runs import write_text
@@ -43,7 +45,8 @@ class Benchmark:
 def run(options: Benchmark) -> int:
     device = choose_device()
     dtype, _ = choose_precision(options.precision, device)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, TemporaryDirectory() as cache:
+        os.environ[ROOT_VARIABLE] = cache  # and not the user's own
         rows = make_rows(Path(folder), max(options.pictures, options.batch_size), load_clip().tokenizer)
         results: dict[str, Any] = {
             "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),

@@ -64,6 +64,8 @@ def training(
     for turn in tqdm(range(repeats + 1), desc="steps", unit="turn"):
         for name, contender in contenders.items():
             batch = ready[name][turn % len(ready[name])]
+            if contender is ours:
+                ours.pixels.announce(batch).result()  # in memory, as the others' are
             seconds = timed(device, lambda c, b, to: to.append(c.step(b)), contender, batch, losses[name])
             if turn:  # the first step of each also pays for allocations and set-up
                 steps[name].append(seconds)
@@ -126,6 +128,7 @@ def inference(rows: list[Row], repeats: int, device: torch.device, dtype: torch.
     """Images/s without an adapter, with one beside the weights, and with one merged into them."""
     adapted = Ours(rows, len(rows), device, dtype)
     adapted.step(adapted.prepared()[0])  # so that B is not zero
+    pixels = adapted.pairs.pictures(torch.arange(len(rows)), device)
     kinds = {"adapted": adapted.clip, "merged": copy.deepcopy(adapted.clip), "unadapted": copy.deepcopy(adapted.clip)}
     merge(kinds["merged"].model)
     remove(kinds["unadapted"].model)
@@ -134,7 +137,7 @@ def inference(rows: list[Row], repeats: int, device: torch.device, dtype: torch.
         for turn in range(2 * repeats + 1):
             for name, clip in kinds.items():
                 clip.model.eval()
-                spent = timed(device, clip.image_features, adapted.pairs.pixels)
+                spent = timed(device, clip.image_features, pixels)
                 if turn:
                     seconds[name].append(spent)
     rates = {f"images per second, {name}": len(rows) / statistics.median(s) for name, s in seconds.items()}

@@ -1,9 +1,12 @@
-"""Set before anything of the project is imported: no test may read or fill the user's own image cache."""
+"""Set before anything of the project is imported: no test may read or fill the user's own image cache, and all run on
+the CPU, from which the figures that they expect are, but for the processes that test_gpu.py starts."""
 
 import os
 import tempfile
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -32,9 +32,11 @@ class CachedPixels:
         return len(self.cache)
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        """(n,) row numbers or a slice -> (n, 3, S, S) uint8; a view of one channel where all are grey."""
+        """(n,) row numbers or a slice -> (n, 3, S, S) uint8; a view of one channel where all are grey. Where there is
+        a GPU in pinned memory, from which it takes them while it computes."""
         numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else rows.numpy()
-        return torch.from_numpy(self.cache.read(numbers)).expand(-1, 3, -1, -1)
+        pixels = torch.from_numpy(self.cache.read(numbers))
+        return (pixels.pin_memory() if torch.cuda.is_available() else pixels).expand(-1, 3, -1, -1)
 
 
 class Squares:
@@ -82,8 +84,8 @@ class Pairs:
         """(n,) row numbers -> (n, 3, S, S) uint8 on the device, as this epoch sees them."""
         pixels = self.pixels[rows]
         if pixels.stride(1) == 0:  # grey ones, one channel seen three times: once is enough on the way
-            pixels = pixels[:, :1].to(device).expand(-1, 3, -1, -1)
-        pixels = pixels.to(device)
+            pixels = pixels[:, :1].to(device, non_blocking=True).expand(-1, 3, -1, -1)
+        pixels = pixels.to(device, non_blocking=True)
         return pixels if self.views is None else augment(pixels, self.views[rows])
 
     def in_epoch(self, config: Config, epoch: int) -> "Pairs":

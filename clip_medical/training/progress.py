@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -72,14 +73,20 @@ def _summary_writer(folder: Path, done: int) -> Any:
 
 
 class Timed:
-    """The pixels of a data set, which count the seconds that their reader waits for them."""
+    """The pixels of a data set, read ahead where they are announced. Counts the seconds that their reader waits."""
 
     def __init__(self, pixels: Any) -> None:
         self.pixels, self.seconds = pixels, 0.0
+        self.thread, self.announced = ThreadPoolExecutor(1), dict[tuple[int, ...], Future[Tensor]]()
+
+    def announce(self, rows: Tensor) -> Future[Tensor]:
+        """Begin to read `rows`, in a thread: they are the next, or the next but one, to be asked for."""
+        coming = self.announced[tuple(rows.tolist())] = self.thread.submit(self.pixels.__getitem__, rows)
+        return coming
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        began = time.perf_counter()
-        found: Tensor = self.pixels[rows]
+        began, coming = time.perf_counter(), self.announced.pop(tuple(rows.tolist()), None)
+        found: Tensor = self.pixels[rows] if coming is None else coming.result()
         self.seconds += time.perf_counter() - began
         return found
 
