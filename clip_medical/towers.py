@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPVisionModel
@@ -154,18 +154,33 @@ def _mlp(mlp: Any, rows: Tensor) -> Tensor:
     """(T, D) -> (T, D), what a CLIPMLP makes of it.
 
     CLIP's activation x * sigmoid(1.702 x) works on the widest tensors of the model, of which autograd makes eight more
-    and keeps two. But with z = 1.702 x it is silu(z) / 1.702, and torch has silu and its derivative as one kernel
-    each. Both factors are left to the products before and after, which multiply their sums by a number for nothing.
+    and keeps two. But with z = 1.702 x it is silu(z) / 1.702, and its derivative is silu'(z), as the constants cancel:
+    torch has both as one kernel each.
     """
-    fc1, fc2 = mlp.fc1, mlp.fc2
     if mlp.config.hidden_act != "quick_gelu":
         result: Tensor = mlp(rows)
-    elif type(fc1) is nn.Linear and type(fc2) is nn.Linear:
-        z = torch.addmm(SLOPE * fc1.bias, rows, fc1.weight.T, alpha=SLOPE)
-        result = torch.addmm(fc2.bias, F.silu(z), fc2.weight.T, alpha=1 / SLOPE)
-    else:  # an adapter does its own products
-        result = fc2(F.silu(SLOPE * fc1(rows)) / SLOPE)
+    elif any(parameter.requires_grad for parameter in mlp.parameters()):
+        result = mlp.fc2(F.silu(SLOPE * mlp.fc1(rows)) / SLOPE)
+    else:
+        result = _FrozenMLP.apply(rows, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     return result
+
+
+class _FrozenMLP(torch.autograd.Function):
+    """W2 silu(z) / 1.702 + b2 with z = 1.702 (W1 x + b1): the products multiply their sums by a factor for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        z = torch.addmm(SLOPE * b1, rows, w1.T, alpha=SLOPE)
+        ctx.save_for_backward(z, w1, w2)
+        return torch.addmm(b2, F.silu(z), w2.T, alpha=1 / SLOPE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        z, w1, w2 = ctx.saved_tensors
+        inner = grad @ w2
+        return torch.ops.aten.silu_backward.grad_input(inner, z, grad_input=inner) @ w1, None, None, None, None
 
 
 def _attend(

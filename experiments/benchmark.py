@@ -38,6 +38,8 @@ class Benchmark:
     """Number format, as in train.py."""
     memory: float = 14.7
     """GiB for which the largest batch is worked out: what a T4 has for its user."""
+    steps_only: bool = False
+    """Only the training steps, as for a further batch size or format on the same machine."""
     output: str = "experiments/results"
     """Folder for benchmark-DEVICE.md and .json."""
 
@@ -55,18 +57,16 @@ def run(options: Benchmark) -> int:
                          "precision": str(dtype).removeprefix("torch."), "repeats": options.repeats,
                          "pictures": len(rows)},
             "contenders": parts.training(rows, options.batch_size, options.repeats, device, dtype),
-            "inference": parts.inference(rows[: options.batch_size], options.repeats, device, dtype),
-            "chunked": parts.chunks(device, dtype),
-            "start": parts.start(),
         }  # fmt: skip
-        for name, peak in parts.memory(rows, options.batch_size, options.precision, options.memory).items():
-            results["contenders"][name] |= peak
-    ours, peft = results["contenders"]["ours"], results["contenders"]["peft"]
-    results["ratios_to_peft"] = {
-        "step": ours.pop("step to peft"),
-        "end_to_end": ours.pop("end to end to peft"),
-        "peak_memory": ours["peak bytes"] / peft["peak bytes"],
-    }
+        ours, peft = results["contenders"]["ours"], results["contenders"]["peft"]
+        results["ratios_to_peft"] = ours.pop("ratios to peft")
+        if not options.steps_only:
+            results["inference"] = parts.inference(rows[: options.batch_size], options.repeats, device, dtype)
+            results["chunked"] = parts.chunks(device, dtype)
+            results["start"] = parts.start()
+            for name, peak in parts.memory(rows, options.batch_size, options.precision, options.memory).items():
+                results["contenders"][name] |= peak
+            results["ratios_to_peft"]["peak_memory"] = ours["peak bytes"] / peft["peak bytes"]
     results["losses"] = {"ours": ours.pop("losses"), "peft": peft.pop("losses")}
     publish(results, Path(options.output), device.type)
     return 0
@@ -89,8 +89,8 @@ def publish(results: dict[str, Any], folder: Path, device: str) -> None:
         f"Share of the measured matrix-product ceiling: {100 * share:.0f} %",
         "Losses of the same steps, this project: " + ", ".join(f"{x:.4f}" for x in results["losses"]["ours"]),
         "Losses of the same steps, peft:         " + ", ".join(f"{x:.4f}" for x in results["losses"]["peft"]),
-        *(f"{key}: {value:.3g}" for part in ("inference", "chunked") for key, value in results[part].items()),
-        *(f"{key}: {value:.2f} s" for key, value in results["start"].items()),
+        *(f"{key}: {value:.3g}" for part in ("inference", "chunked") for key, value in results.get(part, {}).items()),
+        *(f"{key}: {value:.2f} s" for key, value in results.get("start", {}).items()),
     ]  # fmt: skip
     print("\n" + as_text(rows) + "\n\n" + "\n".join(facts))
     where = {**results["settings"], **results["environment"], "command": f"`{results['command']}`"}

@@ -15,6 +15,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,19 +108,33 @@ def planned_step(clip: Clip, batch: int, chunk: Any, checkpointing: Any, seed: i
     return {"batch": batch, "plan": plan.in_words(batch), "forecast": plan.forecast, "peak": peak}
 
 
-def step_on_a_t4(batch: int, chunk: Any, checkpointing: str, seed: int) -> dict[str, Any] | None:
-    """`planned_step` of ViT-B/32 in fp16 on this GPU, capped at what a T4 has; None if it does not fit."""
+def clip_on_a_t4() -> Clip:
+    """An adapted ViT-B/32 in fp16 on this GPU, of which this process may take what a T4 has."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, T4 * GIB / total))
     tokenizer = load_clip().tokenizer
     model: Any = vit_b_32(tokenizer)
     place(model, "cuda", torch.float16)
     inject(model)
-    clip = Clip(model, tokenizer, CLIPImageProcessor(), "ViT-B/32")
-    try:
+    return Clip(model, tokenizer, CLIPImageProcessor(), "ViT-B/32")
+
+
+def step_if_it_fits(clip: Clip, batch: int, chunk: Any, checkpointing: str, seed: int) -> dict[str, Any] | None:
+    """`planned_step`, or None where memory ends; then what it had taken is free again."""
+    with suppress(torch.OutOfMemoryError):
         return planned_step(clip, batch, chunk, checkpointing, seed)
-    except torch.OutOfMemoryError:
-        return None
+    clip.model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return None
+
+
+def largest_on_a_t4(checkpointing: str, seed: int) -> dict[str, Any] | None:
+    clip = clip_on_a_t4()
+    return largest(lambda batch: step_if_it_fits(clip, batch, batch, checkpointing, seed))
+
+
+def in_chunks_on_a_t4(batch: int, seed: int) -> dict[str, Any] | None:
+    return step_if_it_fits(clip_on_a_t4(), batch, "auto", "auto", seed)
 
 
 def largest(step: Callable[[int], dict[str, Any] | None], first: int = 64) -> dict[str, Any] | None:
@@ -138,14 +153,10 @@ def largest(step: Callable[[int], dict[str, Any] | None], first: int = 64) -> di
 
 def on_a_t4(seed: int) -> dict[str, Any]:
     """The three rows of a T4; without a GPU each is still to be measured."""
-
-    def measured(checkpointing: str) -> dict[str, Any] | None:
-        return largest(lambda batch: fresh_process(step_on_a_t4, batch, batch, checkpointing, seed))
-
     rows: dict[str, Callable[[], Any]] = {
-        "largest batch without checkpointing": lambda: measured("off"),
-        "largest batch with checkpointing": lambda: measured("on"),
-        "8,192 pairs with cached gradients": lambda: fresh_process(step_on_a_t4, 8192, "auto", "auto", seed),
+        "largest batch without checkpointing": lambda: fresh_process(largest_on_a_t4, "off", seed),
+        "largest batch with checkpointing": lambda: fresh_process(largest_on_a_t4, "on", seed),
+        "8,192 pairs with cached gradients": lambda: fresh_process(in_chunks_on_a_t4, 8192, seed),
     }
     if not torch.cuda.is_available():
         return dict.fromkeys(rows, NOT_YET)

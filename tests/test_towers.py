@@ -66,23 +66,23 @@ def test_both_towers_equal_those_of_transformers(layers: int, targets: tuple[str
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("bent", ["base", "weights"])
-def test_the_mlp_is_that_of_transformers(activation: str, bent: str) -> None:
+@pytest.mark.parametrize("learned", ["nothing", "adapter", "weights"])
+def test_the_mlp_is_that_of_transformers(activation: str, learned: str) -> None:
     """Mistake: 1.702 left out before or after, or of the bias; another activation exchanged for CLIP's; the gradient
     of the weights lost, which full fine-tuning needs."""
     config = CLIPConfig(text_config=dict(hidden_size=8, intermediate_size=12, hidden_act=activation))
     torch.manual_seed(0)
     mlp = CLIPMLP(config.text_config).double()
-    learned = [*mlp.parameters()]
-    if bent == "base":
+    mlp.requires_grad_(learned == "weights")
+    if learned == "adapter":
         inject(mlp, ("fc1", "fc2"), rank=2)
-        learned = adapter_parameters(mlp)
+    parameters = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter)
     rows = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     found = []
     for result in (towers._mlp(mlp, rows), mlp(rows)):
-        found.append([result, *torch.autograd.grad((result**2).sum(), [rows, *learned])])
+        found.append([result, *torch.autograd.grad((result**2).sum(), [rows, *parameters])])
     torch.testing.assert_close(*found)
 
 

@@ -33,6 +33,20 @@ def test_a_planned_step_is_run_as_it_was_planned(checkpointing: str, said: str) 
     assert found["forecast"] > 0 and found["peak"] > 0
 
 
+def test_a_step_that_does_not_fit_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a search that ends with the first batch that is too large, gradients of which stay in memory."""
+    clip = small_clip()
+
+    def too_large(*_: Any) -> None:
+        next(clip.model.parameters()).grad = torch.zeros_like(next(clip.model.parameters()))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(memory_curve, "planned_step", too_large)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert memory_curve.step_if_it_fits(clip, 64, 64, "off", 0) is None
+    assert all(parameter.grad is None for parameter in clip.model.parameters())
+
+
 def test_the_result_says_what_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Catches figures of a GPU where there was none, and a result without its command, seed and hardware."""
     monkeypatch.setattr(
