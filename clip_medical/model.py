@@ -99,8 +99,8 @@ class Clip:
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Sentences -> (N, D) on the CPU."""
         ids, lengths = self.tokens(texts)
-        rows = torch.arange(len(ids)).split(batch_size)
-        return torch.cat([self.text_features(ids[r], lengths[r]).cpu() for r in rows])
+        parts = zip(ids.split(batch_size), lengths.split(batch_size), strict=True)
+        return torch.cat([self.text_features(*part).cpu() for part in parts])
 
     @torch.no_grad()
     def classify(self, image: Image.Image, labels: Sequence[str]) -> dict[str, float]:

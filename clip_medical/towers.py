@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPVisionModel
@@ -67,7 +67,7 @@ class _Rows(torch.autograd.Function):
 def image_tower(tower: CLIPVisionModel, pixels: Tensor, checkpointing: bool = False) -> Tensor:
     """Normalised pixels (N, 3, S, S) -> (N, D): what tower(pixels).pooler_output holds.
 
-    checkpointing: compute the activations of each layer twice instead of keeping them.
+    checkpointing: compute the activations of each layer but the last twice instead of keeping them.
     """
     embeddings, hidden = tower.embeddings, _patches(pixels, tower.embeddings.patch_embedding.weight)
     class_tokens = embeddings.class_embedding.expand(len(hidden), 1, -1)
@@ -159,10 +159,10 @@ def _mlp(mlp: Any, rows: Tensor) -> Tensor:
     """
     if mlp.config.hidden_act != "quick_gelu":
         result: Tensor = mlp(rows)
-    elif any(parameter.requires_grad for parameter in mlp.parameters()):
-        result = mlp.fc2(F.silu(SLOPE * mlp.fc1(rows)) / SLOPE)
-    else:
+    elif type(mlp.fc1) is type(mlp.fc2) is nn.Linear and not any(p.requires_grad for p in mlp.parameters()):
         result = _FrozenMLP.apply(rows, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    else:  # an adapter does its own products, even a frozen one
+        result = mlp.fc2(F.silu(SLOPE * mlp.fc1(rows)) / SLOPE)
     return result
 
 

@@ -1,6 +1,6 @@
 """The training loops that experiments/benchmark.py sets against each other, on the same model, pictures and captions.
 
-    ours   this project: LoRA by hand, captions in chunks of like length, pixels decoded once
+    ours   this project: LoRA by hand, captions without padding, pixels decoded once
     peft   get_peft_model and the usual loop: CLIPProcessor in the collate function, which decodes and resizes each
            picture anew in each epoch and pads each batch to its longest caption; the loss of transformers
     full   the same usual loop, all weights trained

@@ -175,7 +175,6 @@ def learn(
 
 def train(clip: Clip, pixels: torch.Tensor, captions: list[str], args: argparse.Namespace) -> float:
     """First phase: all weights, whole captions, bf16 autocast (slow on a CPU that has no bf16 arithmetic)."""
-    clip.model.set_attn_implementation("eager")  # in bf16, as Clip itself would choose: autocast it does not see
     ids, lengths = clip.tokens(captions)
 
     def features(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -205,10 +204,8 @@ def train_text(clip: Clip, pixels: torch.Tensor, captions: list[str], args: argp
     def features(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         read = [fragment(captions[row], rng) for row in rows.tolist()]
         ids, lengths = clip.tokens(read)
-        order = lengths.argsort()  # in four lengths, each padded to its own longest
-        texts = torch.cat([clip.text_features(ids[part], lengths[part]) for part in order.chunk(4)])
         numbers = torch.tensor([read.index(text) for text in read])  # the same words are right for both pictures
-        return images[rows], texts[order.argsort()], same_rows(numbers)
+        return images[rows], clip.text_features(ids, lengths), same_rows(numbers)
 
     return learn(clip.model.train(), features, len(captions), args, lr=5e-4, warmup=50)
 

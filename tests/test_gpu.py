@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
+
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     pytest.skip("no CUDA GPU", allow_module_level=True)
 
@@ -15,7 +17,7 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 def on_gpu(*arguments: str) -> str:
     """What `python ARGUMENTS` prints in a process that sees the GPU, from which conftest.py hides it here."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

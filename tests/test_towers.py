@@ -66,16 +66,19 @@ def test_both_towers_equal_those_of_transformers(layers: int, targets: tuple[str
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("learned", ["nothing", "adapter", "weights"])
+@pytest.mark.parametrize("learned", ["nothing", "adapter", "frozen adapter", "weights"])
 def test_the_mlp_is_that_of_transformers(activation: str, learned: str) -> None:
-    """Mistake: 1.702 left out before or after, or of the bias; another activation exchanged for CLIP's; the gradient
+    """Mistake: 1.702 left out before or after, or of the bias; another activation exchanged for CLIP's; an
+    adapter passed over because it is frozen; the gradient
     of the weights lost, which full fine-tuning needs."""
     config = CLIPConfig(text_config=dict(hidden_size=8, intermediate_size=12, hidden_act=activation))
     torch.manual_seed(0)
     mlp = CLIPMLP(config.text_config).double()
     mlp.requires_grad_(learned == "weights")
-    if learned == "adapter":
+    if "adapter" in learned:
         inject(mlp, ("fc1", "fc2"), rank=2)
+    if learned == "frozen adapter":
+        mlp.requires_grad_(False)
     parameters = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter)

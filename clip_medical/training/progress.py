@@ -80,7 +80,7 @@ class Timed:
         self.thread, self.announced = ThreadPoolExecutor(1), dict[tuple[int, ...], Future[Tensor]]()
 
     def announce(self, rows: Tensor) -> Future[Tensor]:
-        """Begin to read `rows`, in a thread: they are the next, or the next but one, to be asked for."""
+        """Begin to read `rows`, in a thread: they will soon be asked for."""
         coming = self.announced[tuple(rows.tolist())] = self.thread.submit(self.pixels.__getitem__, rows)
         return coming
 

@@ -20,9 +20,10 @@ class Picture:
     image_mean = image_std = (0.5, 0.5, 0.5)
 
 
-def small_clip(dropout: float = 0.0) -> Clip:
+def small_clip(dropout: float = 0.0, attention_dropout: float = 0.0) -> Clip:
     torch.manual_seed(0)
     tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
+    tower["attention_dropout"] = attention_dropout
     text = tower | dict(vocab_size=50, max_position_embeddings=20, eos_token_id=49, bos_token_id=48, pad_token_id=49)
     config = CLIPConfig(text_config=text, vision_config=tower | dict(image_size=16, patch_size=8), projection_dim=16)
     clip = Clip(CLIPModel(config), None, Picture(), "small")  # type: ignore[arg-type]
@@ -131,8 +132,9 @@ def test_the_random_state_afterwards_is_that_of_one_pass() -> None:
 
 @pytest.mark.parametrize("chunk_size", [5, 1000])
 def test_gradients_are_the_same_with_checkpointing(chunk_size: int) -> None:
-    """Catches adapters that checkpointing cuts off, in the plain step and in the chunked one."""
-    clip, data = small_clip(dropout=0.2), pairs()
+    """Catches adapters that checkpointing cuts off, in the plain step and in the chunked one; other masks in the
+    second computation."""
+    clip, data = small_clip(dropout=0.2, attention_dropout=0.2), pairs()
     results = []
     for on in (False, True):
         clip.checkpointing = on
