@@ -138,7 +138,8 @@ def loop(job: Job) -> None:
             if not loss.isfinite():
                 job.refuse(rows, "loss", loss.item())
             lr, norm = learner.lr, learner.step(config.clip_norm)
-            # fp16 skips the step and halves the scale of the loss, but one of 1 is not too large; others have no more
+            # in fp16 the step was skipped and the scale of the loss halved; at 1, as always in fp32, there is no more
+            # to halve
             if not math.isfinite(norm) and learner.scaler.get_scale() <= 1:
                 job.refuse(rows, "gradient", norm)
             job.done, seconds = job.done + 1, time.perf_counter() - began

@@ -9,7 +9,7 @@ tokens of all captions as rows of one matrix, with nothing in between. Attention
 arithmetic, needs them side by side, padded to the longest.
 
 The layers below the last need all L, as each token attends to the others. The last one needs the keys and values of
-all, but query, output projection and the whole MLP, ten of its twelve D x D products, of that one token alone.
+all, but query (one D x D product), output projection (one) and the whole MLP (eight) of that one token alone.
 
 Values and gradients are those of transformers' towers to rounding.
 """
@@ -31,9 +31,9 @@ class Sequences:
 
     count: int  # N
     longest: int  # L
-    read: Tensor  # (N,) the row of each sequence that is kept in the end
+    kept: Tensor  # (N,) the row of each sequence that is kept in the end
     places: Tensor | None = None  # (T,) of each row in the padded (N * L); None: all are equally long, T = N * L
-    seen: Tensor | None = None  # (N, 1, 1, L) what the kept token attends to in causal text; None: all
+    seen: Tensor | None = None  # (N, 1, 1, L) of causal text, false in the padding; None: an image
 
     def side_by_side(self, rows: Tensor, heads: int) -> Tensor:
         """(T, D) -> (N, heads, L, D / heads), zero in the padding."""
@@ -41,15 +41,15 @@ class Sequences:
             rows = rows.new_zeros(self.count * self.longest, rows.shape[1]).index_copy_(0, self.places, rows)
         return rows.view(self.count, self.longest, heads, -1).transpose(1, 2)
 
-    def as_rows(self, heads: Tensor) -> Tensor:
+    def as_rows(self, by_head: Tensor) -> Tensor:
         """(N, heads, L, D / heads) -> (T, D), the way back."""
-        rows = heads.transpose(1, 2).reshape(self.count * self.longest, -1)
+        rows = by_head.transpose(1, 2).reshape(self.count * self.longest, -1)
         picked: Tensor = rows if self.places is None else _Rows.apply(rows, self.places)
         return picked
 
 
 class _Rows(torch.autograd.Function):
-    """rows[places], where no place comes twice: so the gradient is copied back, where torch would add it up, slowly."""
+    """rows[places], each place once: so the gradient is a copy, where torch would add up, which is slower."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def image_tower(tower: CLIPVisionModel, pixels: Tensor, checkpointing: bool = Fa
     embeddings, hidden = tower.embeddings, _patches(pixels, tower.embeddings.patch_embedding.weight)
     class_tokens = embeddings.class_embedding.expand(len(hidden), 1, -1)
     hidden = torch.cat([class_tokens, hidden], dim=1) + embeddings.position_embedding.weight
-    hidden = tower.pre_layrnorm(hidden)
+    hidden = tower.pre_layrnorm(hidden)  # transformers' spelling
     count, length = hidden.shape[:2]
     sequences = Sequences(count, length, torch.arange(count, device=hidden.device) * length)
     pooled: Tensor = tower.post_layernorm(_encode(tower, hidden.flatten(0, 1), sequences, checkpointing))
@@ -91,7 +91,7 @@ def _patches(pixels: Tensor, weight: Tensor) -> Tensor:
 
 
 def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing: bool = False) -> Tensor:
-    """Token ids (N, L), the last of the `lengths` (N,) of each the end token -> (N, D): the pooler_output of `tower`.
+    """Token ids (N, L), padded on the right, and lengths (N,) without padding -> (N, D): the pooler_output of `tower`.
 
     Best given on the CPU, where counting the tokens waits for no GPU; the result is where the tower is.
     """
@@ -109,7 +109,7 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what a GPU still has to do: a copy from memory that is not pinned would."""
+    """To the device. A copy from pinned memory does not wait for what the GPU still has to do, any other does."""
     waits = device.type == "cuda" and tensor.device.type == "cpu"
     return tensor.pin_memory().to(device, non_blocking=True) if waits else tensor.to(device)
 
@@ -137,14 +137,14 @@ def _layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
 
 
 def _last_layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
-    """(T, D) -> (N, D), of what `_layer` would make of it the rows that are read."""
+    """(T, D) -> (N, D), of what `_layer` would make of it the rows that are kept."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-    query = attention.q_proj(normed[sequences.read])[:, None].unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+    query = attention.q_proj(normed[sequences.kept])[:, None].unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
     projections = (attention.k_proj, attention.v_proj)
     key, value = (sequences.side_by_side(projection(normed), attention.num_heads) for projection in projections)
     mixed = _attend(attention, query, key, value, seen=sequences.seen)
-    read = hidden[sequences.read] + attention.out_proj(mixed.flatten(1))
-    return read + _mlp(layer.mlp, layer.layer_norm2(read))
+    kept = hidden[sequences.kept] + attention.out_proj(mixed.flatten(1))
+    return kept + _mlp(layer.mlp, layer.layer_norm2(kept))
 
 
 SLOPE = 1.702
@@ -153,9 +153,9 @@ SLOPE = 1.702
 def _mlp(mlp: Any, rows: Tensor) -> Tensor:
     """(T, D) -> (T, D), what a CLIPMLP makes of it.
 
-    CLIP's activation x * sigmoid(1.702 x) works on the widest tensors of the model, of which autograd makes eight more
-    and keeps two. But with z = 1.702 x it is silu(z) / 1.702, and its derivative is silu'(z), as the constants cancel:
-    torch has both as one kernel each.
+    CLIP's activation x * sigmoid(1.702 x) works on the widest tensors of the model. As it is written autograd makes
+    eight of them, forward and backward, and keeps two. But with z = 1.702 x it is silu(z) / 1.702, and its derivative
+    is silu'(z), as the constants cancel: torch has both as one kernel each.
     """
     if mlp.config.hidden_act != "quick_gelu":
         result: Tensor = mlp(rows)
@@ -167,7 +167,7 @@ def _mlp(mlp: Any, rows: Tensor) -> Tensor:
 
 
 class _FrozenMLP(torch.autograd.Function):
-    """W2 silu(z) / 1.702 + b2 with z = 1.702 (W1 x + b1): the products multiply their sums by a factor for nothing."""
+    """W2 silu(z) / 1.702 + b2 with z = 1.702 (W1 x + b1). addmm's alpha applies the factors at no cost."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -186,7 +186,8 @@ class _FrozenMLP(torch.autograd.Function):
 def _attend(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool = False, seen: Tensor | None = None
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V of each head, (N, heads, L, d). causal: each token sees itself and those before it."""
+    """softmax(Q K^T / sqrt(d)) V of each head, (N, heads, L, d). causal: each token sees itself and those before it, so
+    no text token sees padding; seen (N, 1, 1, L): keys that a single query sees."""
     dropout = attention.dropout if attention.training else 0.0
     if query.device.type == "cpu" and query.dtype.itemsize == 2:
         # torch's fused kernel has a backward pass in half precision that is slower than this, about four times on a

@@ -20,7 +20,7 @@ and force it to be thin, as the product of two small matrices with an inner widt
                                  |
                                  x  (..., in)
 
-    h = W x + dW x = W x + (alpha / r) B A x         W: (out, in)   B: (out, r)   A: (r, in)   r << min(out, in)
+    y = W x + dW x = W x + (alpha / r) B A x         W: (out, in)   B: (out, r)   A: (r, in)   r << min(out, in)
 
 For a 768 x 768 projection and r = 8, B and A hold 12,288 numbers where W holds 589,824: 2.1 %. Gradients and the two
 moments of Adam exist for those numbers only. The branch is computed as B (A x), never as (B A) x, so that it costs

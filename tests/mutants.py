@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant("ties count for the model", RETRIEVAL, "similarity.numpy() >= best[:, None].numpy(), axis=1)", "similarity.numpy() > best[:, None].numpy(), axis=1) + 1", "tests/evaluation"),
     Mutant("NaN accepted", RETRIEVAL, "if features.numel() and not torch.stack(features.aminmax()).isfinite().all():", "if False:", "tests/evaluation"),
     Mutant("random state not replayed", CONTRASTIVE, "        restore(state)\n", "", "tests/training/test_contrastive.py"),
-    Mutant("query of the first token in a caption", "clip_medical/towers.py", "normed[sequences.read]", "normed[: sequences.count]", "tests/test_towers.py"),
+    Mutant("query of the first token in a caption", "clip_medical/towers.py", "normed[sequences.kept]", "normed[: sequences.count]", "tests/test_towers.py"),
     Mutant("end token sees its padding", "clip_medical/towers.py", "seen = _send(held[:, None, None], device)", "seen = _send(torch.ones_like(held)[:, None, None], device)", "tests/test_towers.py"),
     Mutant("text that sees ahead below the last layer", "clip_medical/towers.py", "causal=sequences.seen is not None", "causal=False", "tests/test_towers.py"),
     Mutant("slow attention in half precision", "clip_medical/towers.py", "and query.dtype.itemsize == 2", "and query.dtype.itemsize == 1", "tests/test_towers.py"),

@@ -10,7 +10,7 @@ arXiv 2101.06983) give the large batch its exact gradient in two passes:
 
 The second encoding must repeat the first to the bit, dropout masks included, so the random state of each chunk is kept
 and put back; augmentation is drawn by row and epoch and repeats by itself. The price is one more forward pass; what it
-buys is that memory no longer depends on the batch. Where one chunk is all, its graph is kept and step 3 needs no
+buys is that memory hardly depends on the batch. Where one chunk is all, its graph is kept and step 3 needs no
 encoding: that is the plain step. Several processes differ in step 2 alone, where each gathers the features of all,
 takes the loss of its own rows, and adds up the gradients.
 """

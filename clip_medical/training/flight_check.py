@@ -24,15 +24,15 @@ def flight_check(clip: Clip, pairs: Pairs, config: Config, plan: Plan, steps: in
     moved = {name for name, p in clip.model.named_parameters() if p.grad is not None and p.grad.any()}
     minutes = (time.perf_counter() - began) * steps / 60
     every_b = {name for name, _ in clip.model.named_parameters() if name.endswith("lora_B")}
-    frozen = {name for name, p in clip.model.named_parameters() if not p.requires_grad}
+    frozen = {name: p.numel() for name, p in clip.model.named_parameters() if not p.requires_grad}
     clip.model.zero_grad(set_to_none=True)
     restore(state)
 
     count = count_parameters(clip.model)
     much = "" if count.percent < 1 else " (not the less than 1 % that a smaller --rank would give)"
     print(f"Adapter  {len(every_b)} layers of rank {config.rank}: {count.trainable:,} trainable parameters beside")
-    print(f"         {count.total:,} frozen ones, {count.percent:.2f} %{much}")
-    reached, leaked = f"{len(moved & every_b)} of {len(every_b)}", f"{len(moved & frozen)} of {len(frozen)}"
+    print(f"         {sum(frozen.values()):,} frozen ones, {count.percent:.2f} %{much}")
+    reached, leaked = f"{len(moved & every_b)} of {len(every_b)}", f"{len(moved & frozen.keys())} of {len(frozen)}"
     print(f"Check    first loss {loss.item():.2f}, where knowing nothing costs ln {size} = {math.log(size):.2f};")
     print(f"         gradient in {reached} lora_B, in {leaked} frozen weights")
     processes = distributed.world_size()
@@ -41,5 +41,5 @@ def flight_check(clip: Clip, pairs: Pairs, config: Config, plan: Plan, steps: in
     print(
         f"         about {minutes:.1f} minutes and {plan.forecast / GIB:.1f} GiB of the {plan.limit / GIB:.1f} allowed"
     )
-    if moved & every_b != every_b or moved & frozen or not loss.isfinite():
+    if moved & every_b != every_b or moved & frozen.keys() or not loss.isfinite():
         raise RuntimeError("the gradients did not go where they belong: nothing would be learned, so nothing was begun")
