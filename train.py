@@ -29,7 +29,7 @@ from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_text, environment, evaluate, table, write_report
 from clip_medical.model import load_clip
 from clip_medical.provenance import data_fingerprint
-from clip_medical.runs import choose_folder, load_run, save_run, write_text
+from clip_medical.runs import choose_folder, load_run, make_folder, save_run, write_text
 from clip_medical.training import distributed
 from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.flight_check import flight_check
@@ -110,7 +110,7 @@ def learn(job: Job, preset: str) -> None:
             job.plan = make_plan(job.clip, first, config, distributed.divide(config.batch_size))
             flight_check(job.clip, first, config, job.plan, job.steps)
             if distributed.rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 write_text(folder / "config.json", json.dumps(asdict(config) | {"preset": preset}, indent=2) + "\n")
             job.save()  # so that a run can be resumed whenever it is killed
         loop(job)

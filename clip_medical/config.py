@@ -110,6 +110,7 @@ class Config:
             ("rank", 1),
             ("validate_every", 1),
             ("fragments", 0),
+            ("seed", 0),
             ("checkpoint_every_steps", 1),
         ):
             value = getattr(self, name)

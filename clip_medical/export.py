@@ -27,7 +27,7 @@ from clip_medical.errors import UserError
 from clip_medical.model import Clip, load_clip
 from clip_medical.model_card import NAME, model_card
 from clip_medical.onnx_export import require_onnx, write_onnx
-from clip_medical.runs import ADAPTER_FILES, HUB_ID, PROVENANCE, SCALE, load_run, read_json, write_text
+from clip_medical.runs import ADAPTER_FILES, HUB_ID, PROVENANCE, SCALE, load_run, make_folder, read_json, write_text
 from lora import merge
 from lora.adapter_file import WEIGHTS_FILE
 
@@ -103,11 +103,7 @@ def read_run(options: Export) -> tuple[dict[str, Any], dict[str, Any]]:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `folder` when the block ends well; else nothing is left of it."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder.parent} cannot be made ({error.strerror}): choose another --output.") from error
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+    with TemporaryDirectory(dir=make_folder(folder.parent), prefix=f".{folder.name}.") as beside:
         part = Path(beside, folder.name)  # inside, as the outer one is closed to other users, which would stay with it
         part.mkdir()
         yield part

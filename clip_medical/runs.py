@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -61,6 +62,19 @@ def _refuse_another_run(folder: Path, config: Config) -> None:
                 f"the run in {folder} has {flag} {stored[name]}, not {value}: "
                 f"resume it with {flag} {stored[name]}, or start a new run."
             )
+
+
+def make_folder(folder: Path, flag: str = "--output") -> Path:
+    """Make it where it is not there; asked before long work, whose results are to go there.
+
+    Raises UserError if it cannot be made or written to; flag: what names another one.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another {flag}.") from error
+    return folder
 
 
 def write_text(file: Path, text: str) -> None:

@@ -179,8 +179,9 @@ class _FrozenMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         z, w1, w2 = ctx.saved_tensors
-        inner = grad @ w2
-        return torch.ops.aten.silu_backward.grad_input(inner, z, grad_input=inner) @ w1, None, None, None, None
+        inner = grad @ w2.to(z.dtype)  # where autocast computes in another format than the weights'
+        torch.ops.aten.silu_backward.grad_input(inner, z, grad_input=inner)
+        return inner @ w1.to(z.dtype), None, None, None, None
 
 
 def _attend(

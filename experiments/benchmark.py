@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from clip_medical import command_line
 from clip_medical.data.cache import ROOT_VARIABLE
+from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_markdown, as_text, environment
 from clip_medical.model import load_clip
-from clip_medical.runs import write_text
+from clip_medical.runs import make_folder, write_text
 from clip_medical.training.precision import choose_device, choose_precision
 from experiments import benchmark_parts as parts
 from experiments.contenders import make_rows
@@ -43,13 +44,17 @@ class Benchmark:
     output: str = "experiments/results"
     """Folder for benchmark-DEVICE.md and .json."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 2 or self.repeats < 1 or not 0 < self.memory < float("inf"):
+            raise UserError("give --batch-size of 2, --repeats of 1 or more, and a --memory above 0.")
+
 
 def run(options: Benchmark) -> int:
-    device = choose_device()
+    device, folder = choose_device(), make_folder(Path(options.output))
     dtype, _ = choose_precision(options.precision, device)
-    with TemporaryDirectory() as folder, TemporaryDirectory() as cache:
+    with TemporaryDirectory() as pictures, TemporaryDirectory() as cache:
         os.environ[ROOT_VARIABLE] = cache  # and not the user's own
-        rows = make_rows(Path(folder), max(options.pictures, options.batch_size), load_clip().tokenizer)
+        rows = make_rows(Path(pictures), max(options.pictures, options.batch_size), load_clip().tokenizer)
         results: dict[str, Any] = {
             "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
             "environment": environment() | {"peft": version("peft"), "torchvision": version("torchvision")},
@@ -68,7 +73,7 @@ def run(options: Benchmark) -> int:
                 results["contenders"][name] |= peak
             results["ratios_to_peft"]["peak_memory"] = ours["peak bytes"] / peft["peak bytes"]
     results["losses"] = {"ours": ours.pop("losses"), "peft": peft.pop("losses")}
-    publish(results, Path(options.output), device.type)
+    publish(results, folder, device.type)
     return 0
 
 
@@ -96,7 +101,6 @@ def publish(results: dict[str, Any], folder: Path, device: str) -> None:
     where = {**results["settings"], **results["environment"], "command": f"`{results['command']}`"}
     lines = [f"# Benchmark on {device}", "", as_markdown(rows), "", *(f"- {fact}" for fact in facts), ""]
     lines += ["## Where", "", *(f"- {key}: {value}" for key, value in where.items()), ""]
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"benchmark-{device}.md", "\n".join(lines))
     write_text(folder / f"benchmark-{device}.json", json.dumps(results, indent=2) + "\n")
 

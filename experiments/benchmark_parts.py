@@ -1,6 +1,7 @@
 """What experiments/benchmark.py measures, one function each: training, inference, chunks, start, memory."""
 
 import copy
+import math
 import multiprocessing
 import os
 import statistics
@@ -215,9 +216,13 @@ def memory(rows: list[Row], batch_size: int, precision: str, budget: float) -> d
     result: dict[str, dict[str, float]] = {}
     for name in tqdm(CONTENDERS, desc="memory", unit="contender"):
         peaks = [fresh_process(peak_of, name, rows, size, precision) for size in (batch_size // 2, batch_size)]
+        result[name] = {"peak bytes": peaks[1]}
         per_pair = (peaks[1] - peaks[0]) / (batch_size - batch_size // 2)
-        fits = batch_size + (budget * 2**30 - peaks[1]) / per_pair
-        result[name] = {"peak bytes": peaks[1], f"largest batch in {budget} GiB, extrapolated": int(fits)}
+        # of a few pairs it can be lost in what else the process takes: then it tells nothing of many
+        fits = batch_size + (budget * 2**30 - peaks[1]) / per_pair if per_pair > 0 else math.nan
+        result[name][f"largest batch in {budget} GiB, extrapolated"] = fits
+    if any(math.isnan(value) for row in result.values() for value in row.values()):
+        return {name: {"peak bytes": row["peak bytes"]} for name, row in result.items()}
     return result
 
 

@@ -18,7 +18,7 @@ from clip_medical.errors import UserError
 from clip_medical.evaluation.report import environment, percent
 from clip_medical.model import Clip, load_clip
 from clip_medical.provenance import data_fingerprint
-from clip_medical.runs import PROVENANCE, load_run, read_json, write_text
+from clip_medical.runs import PROVENANCE, load_run, make_folder, read_json, write_text
 from clip_medical.training.precision import choose_device
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +44,8 @@ class Common:
             raise UserError("give either --run, a run of train.py, or --model, a CLIP as it was published.")
         if self.limit is not None and self.limit < 2:
             raise UserError(f"--limit is {self.limit}: give a whole number of 2 or more.")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: give a whole number of 0 or more.")
 
 
 Options = TypeVar("Options", bound=Common)
@@ -73,8 +75,7 @@ def load_models(name: str, options: Common) -> Setup:
     else:
         models = {"unadapted": load_clip(options.model or "", device)}
         folder = Path(options.output or RESULTS)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give a folder as --output.")
+    make_folder(folder)
     base = models["unadapted"]
     facts = {
         "command": shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]),
@@ -134,7 +135,6 @@ def line(name: str, rows: dict[str, dict[str, Any]], key: str = "value", n: int 
 
 def save(setup: Setup, name: str, results: dict[str, Any]) -> None:
     """NAME.json, whole or not at all: the facts, then the results."""
-    setup.folder.mkdir(parents=True, exist_ok=True)
     write_text(setup.folder / f"{name}.json", json.dumps(setup.facts | {"results": results}, indent=2) + "\n")
 
 

@@ -26,9 +26,10 @@ from transformers import CLIPImageProcessor
 from clip_medical import command_line
 from clip_medical.config import Config
 from clip_medical.data.batches import Pairs
+from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_text, environment
 from clip_medical.model import Clip, load_clip, place
-from clip_medical.runs import write_text
+from clip_medical.runs import make_folder, write_text
 from clip_medical.training.contrastive import LOGITS, contrastive_backward
 from clip_medical.training.learner import Learner
 from clip_medical.training.memory import GIB, keep_freed_memory, make_plan, memory_in_use, peak_memory
@@ -52,6 +53,10 @@ class Options:
     """Folder for memory_curve.json and .png."""
     seed: int = 0
     """Draws the captions."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: give a whole number of 0 or more.")
 
 
 def made_pairs(clip: Clip, count: int, seed: int) -> Pairs:
@@ -181,6 +186,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def run(options: Options) -> int:
+    folder = make_folder(Path(options.output))
     results: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "experiments.memory_curve", *sys.argv[1:]]),
         "seed": options.seed,
@@ -188,8 +194,6 @@ def run(options: Options) -> int:
         "curve": curve(options.seed),
         "T4": on_a_t4(options.seed),
     }
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "memory_curve.json", json.dumps(results, indent=2) + "\n")
     figures.memory_curve(results["curve"], folder / "memory_curve.png")
     show(results)

@@ -6,7 +6,14 @@ import tempfile
 
 import pytest
 
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def visible_gpus() -> "str | None":
+    """CUDA_VISIBLE_DEVICES as the user has it."""
+    return VISIBLE
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -62,6 +62,8 @@ MUTANTS = [
     Mutant("gradient of a token sent to another", "clip_medical/towers.py", "grad.shape[1]).index_copy_(0, places, grad)", "grad.shape[1]).index_copy_(0, places.flip(0), grad)", "tests/test_towers.py"),
     Mutant("positions counted through all captions", "clip_medical/towers.py", "position_embedding(places % longest)", "position_embedding(torch.arange(len(places)) % longest)", "tests/test_towers.py"),
     Mutant("patches cut along the other side", "clip_medical/towers.py", "cut.permute(0, 2, 4, 1, 3, 5)", "cut.permute(0, 4, 2, 1, 3, 5)", "tests/test_towers.py"),
+    Mutant("frozen MLP under autocast", "clip_medical/towers.py", "grad @ w2.to(z.dtype)", "grad @ w2", "tests/test_towers.py"),
+    Mutant("results without a place to go", "clip_medical/runs.py", "except OSError as error:\n        raise UserError(f\"{folder} cannot", "except EOFError as error:\n        raise UserError(f\"{folder} cannot", "tests/experiments/test_benchmark.py"),
     Mutant("activations kept after all", "clip_medical/towers.py", "if checkpointing and torch.is_grad_enabled():", "if False:", "tests/training/test_memory.py"),
     Mutant("announced pixels read again", "clip_medical/training/progress.py", "self.announced.pop(tuple(rows.tolist()), None)", "None", "tests/training/test_progress.py"),
     Mutant("format asked of logit_scale", MODEL, "return self.model.vision_model.embeddings.class_embedding.dtype", "return self.model.dtype", "tests/test_towers.py"),

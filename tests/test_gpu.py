@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,27 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
     pytest.skip("no CUDA GPU", allow_module_level=True)
 
 
-def on_gpu(*arguments: str) -> str:
-    """What `python ARGUMENTS` prints in a process that sees the GPU, from which conftest.py hides it here."""
+OnGPU = Callable[..., str]
+
+
+@pytest.fixture
+def on_gpu(visible_gpus: str | None) -> OnGPU:
+    """on_gpu("a.py", "--flag") -> what `python a.py --flag` prints where it sees the GPUs that conftest.py hides."""
+    if visible_gpus == "":
+        pytest.skip("CUDA_VISIBLE_DEVICES hides the GPU")
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environment |= {} if visible_gpus is None else {"CUDA_VISIBLE_DEVICES": visible_gpus}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_gradient_is_that_of_the_cpu_and_the_same_in_chunks(dropout: float) -> None:
+def test_the_gradient_is_that_of_the_cpu_and_the_same_in_chunks(dropout: float, on_gpu: OnGPU) -> None:
     """Mistake: rows of the packed captions read before their copy has arrived, or put back in another order than they
     were taken; on the GPU other dropout masks in the second pass than in the first."""
     code = f"""
@@ -49,7 +61,7 @@ print(relative(found[1], found[0]), relative(found[2], found[1]), relative(found
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_comes_to_its_end_and_learns(precision: str, tmp_path: Path) -> None:
+def test_a_run_comes_to_its_end_and_learns(precision: str, tmp_path: Path, on_gpu: OnGPU) -> None:
     """Mistake: a tensor left on the CPU; a format that the loss, the report or the reading back cannot take."""
     folder = tmp_path / "run"
     told = on_gpu("train.py", "--precision", precision, "--steps", "60", "--output", str(folder))

@@ -69,8 +69,7 @@ def test_both_towers_equal_those_of_transformers(layers: int, targets: tuple[str
 @pytest.mark.parametrize("learned", ["nothing", "adapter", "frozen adapter", "weights"])
 def test_the_mlp_is_that_of_transformers(activation: str, learned: str) -> None:
     """Mistake: 1.702 left out before or after, or of the bias; another activation exchanged for CLIP's; an
-    adapter passed over because it is frozen; the gradient
-    of the weights lost, which full fine-tuning needs."""
+    adapter passed over because it is frozen; the gradient of the weights lost, which full fine-tuning needs."""
     config = CLIPConfig(text_config=dict(hidden_size=8, intermediate_size=12, hidden_act=activation))
     torch.manual_seed(0)
     mlp = CLIPMLP(config.text_config).double()
@@ -87,6 +86,18 @@ def test_the_mlp_is_that_of_transformers(activation: str, learned: str) -> None:
     for result in (towers._mlp(mlp, rows), mlp(rows)):
         found.append([result, *torch.autograd.grad((result**2).sum(), [rows, *parameters])])
     torch.testing.assert_close(*found)
+
+
+def test_autocast_over_a_base_in_fp32() -> None:
+    """Mistake: a backward pass of our own, which autocast does not see, that multiplies bf16 by fp32."""
+    model = a_clip(2, ("q_proj", "v_proj")).float()
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            features = image_tower(model.vision_model, pixels).float()
+        found.append(torch.cat([g.flatten() for g in gradients(model, features)]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.99
 
 
 def test_the_activation_keeps_one_tensor() -> None:

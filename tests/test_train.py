@@ -319,6 +319,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "model that is no folder with a model": (["--model", "{tmp}/good"], "config.json"),
     "resume without output": (["--resume"], "--output"),
     "resume of nothing": (["--resume", "--output", "{tmp}/nothing"], "no run to resume"),
+    "seed below 0": (["--seed", "-1"], "--seed"),
+    "output below a file": (
+        ["--data", "{tmp}/good", "--batch-size", "4", "--output", "{tmp}/good/0.png/x"],
+        "--output",
+    ),
     "chunk of no pairs": (["--chunk-size", "0"], "--chunk-size"),
     "LoRA+ ratio of zero": (["--lora-plus", "0"], "--lora-plus"),
     "validation every 0 steps": (["--validate-every", "0"], "--validate-every"),

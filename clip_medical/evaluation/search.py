@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from clip_medical.errors import UserError
 from clip_medical.model import Clip
 from clip_medical.provenance import weights_fingerprint
-from clip_medical.runs import read_json, write_text
+from clip_medical.runs import make_folder, read_json, write_text
 from lora.inject import lora_layers
 
 PART = 512  # pictures a part: what an interruption can cost
@@ -100,7 +100,7 @@ class Index:
                 "with those of this model: search it with the model that built it, or choose another --index."
             )
         if stored is None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, "--index")
             write_text(folder / "index.json", json.dumps({"models": mine}, indent=2) + "\n")
         self._load()
 

@@ -85,6 +85,13 @@ MISTAKES = {
     "no run": ("stress_test", ["--run", "{tmp}/nowhere"], "holds no adapter"),
     "limit": ("recall", ["--run", "{run}", "--limit", "1"], "--limit"),
     "output is a file": ("recall", ["--run", "{run}", "--output", "{run}/config.json"], "--output"),
+    "no folder for output": ("recall", ["--run", "{run}", "--output", "{run}/config.json/x"], "another --output"),
+    "no folder for an index": (
+        "search",
+        ["--run", "{run}", "--index", "{run}/config.json/x", "--add", "{tmp}"],
+        "--index",
+    ),
+    "seed": ("recall", ["--run", "{run}", "--seed", "-1"], "--seed"),
     "no labels": ("stress_test", ["--run", "{run}", "--data", "{tmp}/plain.csv"], "no labels"),
     "nothing to tell apart": ("zero_shot", ["--run", "{run}", "--data", "{tmp}/plain.csv"], "labelled"),
     "no such facet": ("zero_shot", ["--run", "{run}", "--facet", "colour"], "modality"),

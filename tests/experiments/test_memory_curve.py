@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_medical.errors import UserError
 from experiments import memory_curve
 from tests.training.test_contrastive import small_clip
 
@@ -45,6 +46,13 @@ def test_a_step_that_does_not_fit_is_no_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert memory_curve.step_if_it_fits(clip, 64, 64, "off", 0) is None
     assert all(parameter.grad is None for parameter in clip.model.parameters())
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_measurement(tmp_path: Path) -> None:
+    """Catches a traceback after minutes of measuring, whose result is lost."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="another --output"):
+        memory_curve.run(memory_curve.Options(output=str(tmp_path / "file" / "x")))
 
 
 def test_the_result_says_what_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
