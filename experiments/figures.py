@@ -193,5 +193,5 @@ def memory_curve(curve: dict[str, Any], file: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set(xlabel="pairs in the contrastive batch", ylabel="peak memory of a step (GiB)", ylim=(0, None))
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save_figure(figure, file)
