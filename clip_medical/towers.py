@@ -6,7 +6,7 @@ caption. Two things follow.
 Captions differ in length, those of radiology fill less than half of their 77 tokens, and text is causal, so that what
 follows the end token changes nothing before it. All layers but attention work on each token by itself: they see the
 tokens of all captions as rows of one matrix, with nothing in between. Attention alone, a few per cent of the
-arithmetic, needs them side by side, padded to the longest.
+arithmetic, needs them side by side, padded to the longest: of all on a GPU, of those of like length on a CPU.
 
 The layers below the last need all L, as each token attends to the others. The last one needs the keys and values of
 all, but query (one D x D product), output projection (one) and the whole MLP (eight) of that one token alone.
@@ -26,26 +26,39 @@ from transformers import CLIPTextModel, CLIPVisionModel
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """N sequences, whose tokens are the rows of a matrix (T, D), one sequence after the other."""
+class Group:
+    """Sequences that attention sees side by side: n of them, whose tokens are the rows of a matrix (t, D), one sequence
+    after the other."""
 
-    count: int  # N
+    count: int  # n
     longest: int  # L
-    kept: Tensor  # (N,) the row of each sequence that is kept in the end
-    places: Tensor | None = None  # (T,) of each row in the padded (N * L); None: all are equally long, T = N * L
-    seen: Tensor | None = None  # (N, 1, 1, L) of causal text, false in the padding; None: an image
+    rows: int  # t
+    places: Tensor | None = None  # (t,) of each row in the padded (n * L); None: all are equally long, t = n * L
+    seen: Tensor | None = None  # (n, 1, 1, L) of causal text, false in the padding; None: images
 
     def side_by_side(self, rows: Tensor, heads: int) -> Tensor:
-        """(T, D) -> (N, heads, L, D / heads), zero in the padding."""
+        """(t, D) -> (n, heads, L, D / heads), zero in the padding."""
         if self.places is not None:
             rows = rows.new_zeros(self.count * self.longest, rows.shape[1]).index_copy_(0, self.places, rows)
         return rows.view(self.count, self.longest, heads, -1).transpose(1, 2)
 
     def as_rows(self, by_head: Tensor) -> Tensor:
-        """(N, heads, L, D / heads) -> (T, D), the way back."""
+        """(n, heads, L, D / heads) -> (t, D), the way back."""
         rows = by_head.transpose(1, 2).reshape(self.count * self.longest, -1)
         picked: Tensor = rows if self.places is None else _Rows.apply(rows, self.places)
         return picked
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """N sequences, whose tokens are the rows of a matrix (T, D), group after group."""
+
+    groups: list[Group]
+    kept: Tensor  # (N,) the row of each sequence that is kept in the end
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """(T, D) -> (t, D) of each group."""
+        return (matrix,) if len(self.groups) == 1 else matrix.split([group.rows for group in self.groups])
 
 
 class _Rows(torch.autograd.Function):
@@ -74,7 +87,8 @@ def image_tower(tower: CLIPVisionModel, pixels: Tensor, checkpointing: bool = Fa
     hidden = torch.cat([class_tokens, hidden], dim=1) + embeddings.position_embedding.weight
     hidden = tower.pre_layrnorm(hidden)  # transformers' spelling
     count, length = hidden.shape[:2]
-    sequences = Sequences(count, length, torch.arange(count, device=hidden.device) * length)
+    kept = torch.arange(count, device=hidden.device) * length
+    sequences = Sequences([Group(count, length, count * length)], kept)
     pooled: Tensor = tower.post_layernorm(_encode(tower, hidden.flatten(0, 1), sequences, checkpointing))
     return pooled
 
@@ -95,17 +109,28 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing
 
     Best given on the CPU, where counting the tokens waits for no GPU; the result is where the tower is.
     """
-    count, longest = len(ids), int(lengths.max())
-    position = torch.arange(longest, device=ids.device)
-    held = position < lengths[:, None]
-    places = held.flatten().nonzero().flatten()
     device = tower.embeddings.token_embedding.weight.device
-    tokens, places = _send(ids[:, :longest][held], device), _send(places, device)
-    seen = _send(held[:, None, None], device)
-    sequences = Sequences(count, longest, _send(lengths.cumsum(0) - 1, device), places, seen)
-    hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(places % longest)
+    order = lengths.argsort(stable=True)
+    ids, lengths = ids[order], lengths[order]
+    position = torch.arange(int(lengths[-1]), device=ids.device)
+    held = position < lengths[:, None]
+    tokens, positions = (_send(each[held], device) for each in (ids[:, : len(position)], position.expand_as(held)))
+    # on a GPU attention costs less than the launches of further groups
+    groups = [_group(each, device) for each in (held.chunk(GROUPS) if device.type == "cpu" else [held])]
+    sequences = Sequences(groups, _send(lengths.cumsum(0) - 1, device))
+    hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(positions)
     pooled: Tensor = tower.final_layer_norm(_encode(tower, hidden, sequences, checkpointing))
-    return pooled
+    return pooled[_send(order.argsort(), device)]
+
+
+GROUPS = 2  # of captions, by length: the shorter half need not be padded to the longest of all
+
+
+def _group(held: Tensor, device: torch.device) -> Group:
+    """Captions, sorted by length; held (n, L): true where they have a token."""
+    held = held[:, held[-1]]  # (n, L) of these
+    places = held.flatten().nonzero().flatten()
+    return Group(len(held), held.shape[1], len(places), _send(places, device), _send(held[:, None, None], device))
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -128,23 +153,31 @@ def _encode(tower: Any, hidden: Tensor, sequences: Sequences, checkpointing: boo
 
 def _layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     """(T, D) -> (T, D), what a CLIPEncoderLayer makes of it."""
-    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+    attention, normed, mixed = layer.self_attn, layer.layer_norm1(hidden), []
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (sequences.side_by_side(projection(normed), attention.num_heads) for projection in projections)
-    mixed = _attend(attention, query, key, value, causal=sequences.seen is not None)
-    hidden = hidden + attention.out_proj(sequences.as_rows(mixed))
+    parts = (sequences.split(projection(normed)) for projection in projections)
+    for group, *rows in zip(sequences.groups, *parts, strict=True):
+        query, key, value = (group.side_by_side(each, attention.num_heads) for each in rows)
+        mixed.append(group.as_rows(_attend(attention, query, key, value, causal=group.seen is not None)))
+    hidden = hidden + attention.out_proj(_joined(mixed))
     return hidden + _mlp(layer.mlp, layer.layer_norm2(hidden))
 
 
 def _last_layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     """(T, D) -> (N, D), of what `_layer` would make of it the rows that are kept."""
-    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-    query = attention.q_proj(normed[sequences.kept])[:, None].unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-    projections = (attention.k_proj, attention.v_proj)
-    key, value = (sequences.side_by_side(projection(normed), attention.num_heads) for projection in projections)
-    mixed = _attend(attention, query, key, value, seen=sequences.seen)
-    kept = hidden[sequences.kept] + attention.out_proj(mixed.flatten(1))
+    attention, normed, mixed = layer.self_attn, layer.layer_norm1(hidden), []
+    queries = attention.q_proj(normed[sequences.kept])[:, None].unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+    parts = (sequences.split(projection(normed)) for projection in (attention.k_proj, attention.v_proj))
+    counts = [group.count for group in sequences.groups]
+    for group, query, *rows in zip(sequences.groups, queries.split(counts), *parts, strict=True):
+        key, value = (group.side_by_side(each, attention.num_heads) for each in rows)
+        mixed.append(_attend(attention, query, key, value, seen=group.seen).flatten(1))
+    kept = hidden[sequences.kept] + attention.out_proj(_joined(mixed))
     return kept + _mlp(layer.mlp, layer.layer_norm2(kept))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 SLOPE = 1.702

@@ -7,8 +7,9 @@ Data, model and budget (steps and batch) are those of the run. Each variant star
     full            every weight trained but the temperature
 
 LoRA's scaling alpha / r is the same for all ranks, so that a rank does not change the step size. The learning rate of
-each of the three methods is chosen alike, without the held-out pictures: a few rates, a quarter of the steps, nine
-tenths of the training pairs; the lowest loss on the last tenth wins, and all of them are printed.
+each of the three methods is chosen alike, without the held-out pictures: a few rates, all the steps, as a rate that is
+good for few of them can be too high for many, nine tenths of the training pairs; the lowest loss on the last tenth
+wins, and all of them are printed.
 
 What was forgotten is measured on the coloured shapes that the tiny CLIP was trained on, drawn anew for this. Measured
 so far is kept in ablation.json: the same command goes on from there.

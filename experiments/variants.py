@@ -105,7 +105,7 @@ def choose_lr(bench: Bench, variant: Variant, rates: tuple[float, ...]) -> dict[
     kept, tenth = order[len(order) // 10 :], order[: len(order) // 10]
     losses = {}
     for lr in rates:
-        clip = fit(bench, variant, lr, kept, max(1, bench.steps // 4))
+        clip = fit(bench, variant, lr, kept, bench.steps)
         with torch.no_grad():
             images = torch.cat([clip.image_features(bench.train.pixels[r]) for r in tenth.split(64)])
             texts = torch.cat(

@@ -69,7 +69,7 @@ class Pairs:
     ends_word: Tensor | None = None  # (V,) bool: a word ends with this token of the vocabulary; None: with each
     text_ids: Tensor | None = None  # (N,) of fragments: the same number where the words are the same
     weight: float = 1.0  # of the loss over these captions
-    fragments: "tuple[Pairs, ...]" = ()  # the same pairs, each caption cut to a few words: for a second loss
+    fragments: "tuple[Pairs, ...]" = ()  # the same pairs, each caption cut to a few words, as wide: for a second loss
     views: Tensor | None = None  # (N, 4) how each picture is augmented in this epoch
 
     def __len__(self) -> int:

@@ -60,7 +60,7 @@ def load_data(
     seed: int = 0,
     revision: str | None = None,
     streaming: bool = True,
-    phantom_counts: tuple[int, int] = (1152, 512),
+    phantom_counts: tuple[int, int] = (2304, 512),
 ) -> Data:
     """Read captions, labels and the whereabouts of images; pixels are read by `open_image` alone.
 

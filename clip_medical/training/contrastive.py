@@ -48,7 +48,7 @@ def contrastive_backward(
     chunks, readings = own.split(chunk_size), [pairs, *pairs.fragments]
     one_chunk = len(chunks) == 1
     encoders: list[Encode] = [_image_chunk(clip, pairs, r) for r in chunks]
-    encoders += [_text_chunk(clip, read, r) for read in readings for r in chunks]
+    encoders += [_text_chunk(clip, readings, r) for r in chunks]
 
     before, features = [], []
     with torch.set_grad_enabled(one_chunk):
@@ -57,16 +57,18 @@ def contrastive_backward(
             features.append(encode())
     after = random_state(clip.device)
 
-    images, *texts = torch.cat(features).split(len(own))
-    to_images, gradients, losses = torch.zeros_like(images), [], []
+    images = torch.cat(features[: len(chunks)])
+    texts = torch.cat([each.unflatten(0, (len(readings), -1)) for each in features[len(chunks) :]], dim=1)  # (R, N, D)
+    to_images, to_texts, losses = torch.zeros_like(images), [], []
     for read, read_texts in zip(readings, texts, strict=True):
         ids = [i[rows].to(clip.device) for i in read.ids]
         weighted = partial(_weighted, scale, read.weight)
         part = _from_loss(images, read_texts, clip.model.logit_scale, ids, weighted)
         losses.append(part[0])
         to_images += part[1]
-        gradients += part[2].split(chunk_size)
-    gradients = [*to_images.split(chunk_size), *gradients]
+        to_texts.append(part[2])
+    of_chunks = torch.stack(to_texts).split(chunk_size, dim=1)
+    gradients = [*to_images.split(chunk_size), *(each.flatten(0, 1) for each in of_chunks)]
 
     for encode, state, feature, gradient in zip(encoders, before, features, gradients, strict=True):
         if not one_chunk:
@@ -113,8 +115,10 @@ def _image_chunk(clip: Clip, pairs: Pairs, rows: Tensor) -> Encode:
     return lambda: clip.image_features(pairs.pictures(rows, clip.device))
 
 
-def _text_chunk(clip: Clip, pairs: Pairs, rows: Tensor) -> Encode:
-    return lambda: clip.text_features(pairs.tokens[rows], pairs.lengths[rows])
+def _text_chunk(clip: Clip, readings: Sequence[Pairs], rows: Tensor) -> Encode:
+    """Captions and their fragments at once, reading after reading: padding them alike costs the text tower nothing."""
+    tokens, lengths = torch.cat([r.tokens[rows] for r in readings]), torch.cat([r.lengths[rows] for r in readings])
+    return lambda: clip.text_features(tokens, lengths)
 
 
 RandomState = tuple[Tensor, tuple[list[int], list[Tensor]] | None]

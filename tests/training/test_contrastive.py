@@ -69,8 +69,8 @@ def with_fragments(data: Pairs) -> Pairs:
     """Each caption and, weighted by 0.3 and 0.2, its first word and its second."""
     cuts = []
     for word, weight in ((1, 0.3), (2, 0.2)):
-        words = data.tokens[:, [0, word, 0]]
-        words[:, 2] = 49
+        words = torch.full_like(data.tokens, 49)
+        words[:, :2] = data.tokens[:, [0, word]]
         ids = words.unique(dim=0, return_inverse=True)[1]
         cuts.append(replace(data, tokens=words, lengths=torch.full((N,), 3), text_ids=ids, weight=weight))
     return replace(data, fragments=tuple(cuts))
