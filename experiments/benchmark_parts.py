@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from clip_medical.data.batches import Pairs
@@ -26,6 +25,7 @@ from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.memory import memory_in_use, peak_memory
 from clip_medical.training.precision import choose_device, choose_precision
 from experiments.contenders import CONTENDERS, Ours, Peft, Row
+from experiments.flops import count_flops, matrix_product_rate, published_flops, timed
 from lora import inject, merge, remove
 
 T = TypeVar("T")
@@ -35,17 +35,6 @@ def fresh_process(action: Callable[..., T], *arguments: Any) -> T:
     """What `action(*arguments)` returns in a process of its own, whose memory holds nothing of what went before."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(action, *arguments).result()
-
-
-def timed(device: torch.device, action: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds that `action(*arguments)` takes, all kernels done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    action(*arguments)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def training(
@@ -80,8 +69,10 @@ def training(
         for name, contender in contenders.items():
             epochs[name].append(timed(device, lambda c: [c.step(b) for b in c.epoch()], contender))
 
-    flops = [count_flops(partial(ours.step, batch)) for batch in ready["ours"]]  # captions differ in length
-    rates = [flops[turn % len(flops)] / seconds for turn, seconds in enumerate(steps["ours"], start=1)]
+    counted = {  # of each batch, as captions differ in length
+        "": [published_flops(ours.pairs.lengths[batch]) for batch in ready["ours"]],
+        ", operations done": [count_flops(partial(ours.step, batch)) for batch in ready["ours"]],
+    }
     result: dict[str, Any] = {}
     for name in contenders:
         result[name] = {
@@ -97,39 +88,23 @@ def training(
         ratios["end_to_end"] = _ratio(epochs["peft"], epochs["ours"])
     result["ours"] |= {
         "ratios to peft": ratios,
-        "FLOP per step": statistics.mean(flops),
-        "FLOP/s": statistics.median(rates),
         "FLOP/s of a matrix product": max(ceiling),
-        # of each turn, as a machine that others share is not equally fast in all of them
-        "share of ceiling": statistics.median(rate / best for rate, best in zip(rates, ceiling, strict=True)),
     }
+    for which, flops in counted.items():
+        rates = [flops[turn % len(flops)] / seconds for turn, seconds in enumerate(steps["ours"], start=1)]
+        # of each turn, as a machine that others share is not equally fast in all of them
+        shares = [rate / best for rate, best in zip(rates, ceiling, strict=True)]
+        result["ours"] |= {
+            f"FLOP per step{which}": statistics.mean(flops),
+            f"FLOP/s{which}": statistics.median(rates),
+            f"share of ceiling{which}": statistics.median(shares),
+        }
     return result
 
 
 def _ratio(theirs: list[float], ours: list[float]) -> float:
     """Median over the turns of theirs / ours: above 1 where ours is faster."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
-
-
-def count_flops(action: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products, convolutions and attentions that `action` really does."""
-    with FlopCounterMode(display=False) as counter:
-        action()
-    return counter.get_total_flops()
-
-
-def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The best FLOP/s of a product of two matrices, over the shapes of ViT-B/32 and a large square."""
-    best, shapes, times = 0.0, [(3200, 768, 768), (3200, 768, 3072), (2048, 2048, 2048)], 1
-    if device.type == "cuda":  # where one product is over before the clock has been read
-        shapes, times = [*shapes, (8192, 8192, 8192)], 20
-    for n, k, m in shapes:
-        a, b = torch.randn(n, k, device=device, dtype=dtype), torch.randn(k, m, device=device, dtype=dtype)
-        torch.mm(a, b)
-        for _ in range(3):
-            seconds = timed(device, lambda a, b: [torch.mm(a, b) for _ in range(times)], a, b)
-            best = max(best, times * 2 * n * k * m / seconds)
-    return best
 
 
 def inference(rows: list[Row], repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
