@@ -135,7 +135,7 @@ RESUME_MAY_CHANGE = frozenset(
 
 PRESETS = {
     # Phantoms, in 3 minutes. Clean pictures and captions bear large steps and a temperature that follows.
-    "demo": replace(Config(), lr=6e-3, fragments=2, train_logit_scale=True),
+    "demo": replace(Config(), epochs=12, lr=6e-3, fragments=2, train_logit_scale=True),
     # ViT-B/32 on ROCOv2, for a 16 GB card. 256 pairs fit it without checkpointing. More than one fragment: not tried.
     "roco": replace(
         Config(),

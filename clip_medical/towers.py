@@ -6,7 +6,7 @@ caption. Two things follow.
 Captions differ in length, those of radiology fill less than half of their 77 tokens, and text is causal, so that what
 follows the end token changes nothing before it. All layers but attention work on each token by itself: they see the
 tokens of all captions as rows of one matrix, with nothing in between. Attention alone, a few per cent of the
-arithmetic, needs them side by side, padded to the longest: of all on a GPU, of those of like length on a CPU.
+arithmetic, needs them side by side, padded to the longest: short ones and long ones by themselves where that pays.
 
 The layers below the last need all L, as each token attends to the others. The last one needs the keys and values of
 all, but query (one D x D product), output projection (one) and the whole MLP (eight) of that one token alone.
@@ -32,7 +32,7 @@ class Group:
 
     count: int  # n
     longest: int  # L
-    rows: int  # t
+    tokens: int  # t
     places: Tensor | None = None  # (t,) of each row in the padded (n * L); None: all are equally long, t = n * L
     seen: Tensor | None = None  # (n, 1, 1, L) of causal text, false in the padding; None: images
 
@@ -58,7 +58,7 @@ class Sequences:
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """(T, D) -> (t, D) of each group."""
-        return (matrix,) if len(self.groups) == 1 else matrix.split([group.rows for group in self.groups])
+        return (matrix,) if len(self.groups) == 1 else matrix.split([group.tokens for group in self.groups])
 
 
 class _Rows(torch.autograd.Function):
@@ -112,22 +112,30 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing
     device = tower.embeddings.token_embedding.weight.device
     order = lengths.argsort(stable=True)
     ids, lengths = ids[order], lengths[order]
-    position = torch.arange(int(lengths[-1]), device=ids.device)
-    held = position < lengths[:, None]
-    tokens, positions = (_send(each[held], device) for each in (ids[:, : len(position)], position.expand_as(held)))
-    # on a GPU attention costs less than the launches of further groups
-    groups = [_group(each, device) for each in (held.chunk(GROUPS) if device.type == "cpu" else [held])]
+    columns = torch.arange(int(lengths[-1]), device=ids.device)
+    held = columns < lengths[:, None]
+    tokens = _send(ids[:, : len(columns)][held], device)
+    positions = _send(columns.expand_as(held)[held], device)
+    groups = [_group(each, device) for each in held.split(_like_length(lengths, device))]
     sequences = Sequences(groups, _send(lengths.cumsum(0) - 1, device))
     hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(positions)
     pooled: Tensor = tower.final_layer_norm(_encode(tower, hidden, sequences, checkpointing))
     return pooled[_send(order.argsort(), device)]
 
 
-GROUPS = 2  # of captions, by length: the shorter half need not be padded to the longest of all
+def _like_length(lengths: Tensor, device: torch.device) -> list[int]:
+    """How many captions, sorted by their lengths (N,), to lay side by side: so many short ones and the rest by itself,
+    with the least padding. All together where that leaves out nothing, or on a GPU less than a third: launching the
+    kernels of a further group costs more than computing some padding."""
+    count = torch.arange(1, len(lengths) + 1, device=lengths.device)
+    padded = count * lengths + (len(lengths) - count) * lengths[-1]  # rows, if the first `count` are a group
+    short = int(padded.argmin()) + 1
+    pays = padded[short - 1] < padded[-1] * (2 / 3 if device.type == "cuda" else 1)
+    return [short, len(lengths) - short] if pays else [len(lengths)]
 
 
 def _group(held: Tensor, device: torch.device) -> Group:
-    """Captions, sorted by length; held (n, L): true where they have a token."""
+    """Captions, the longest of which is the last; held (n, L): true where they have a token."""
     held = held[:, held[-1]]  # (n, L) of these
     places = held.flatten().nonzero().flatten()
     return Group(len(held), held.shape[1], len(places), _send(places, device), _send(held[:, None, None], device))

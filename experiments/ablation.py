@@ -37,6 +37,7 @@ from clip_medical.evaluation.retrieval import bootstrap_interval, pair_ranks
 from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip, load_clip
 from clip_medical.runs import read_json
+from clip_medical.training.memory import keep_freed_memory
 from experiments import common, figures
 from experiments.variants import FULL, LINEAR, RATES, Bench, Variant, choose_lr, fit, reference, variants
 from lora import set_strength
@@ -134,6 +135,7 @@ def held_out_shapes() -> Split:
 
 def make_bench(setup: common.Setup, config: Config, data: Data) -> Bench:
     base = setup.models["unadapted"]
+    keep_freed_memory(base.device)  # as train.py does
     count, batch = len(data.train), config.batch_size
     if count < 2 * batch:
         raise UserError(f"{count} training pairs are too few for batches of {batch}: name other --data.")
@@ -202,7 +204,8 @@ def run(options: Ablation) -> int:
     config = read_config(options)
     setup = common.load_models("ablation", options)
     bench = make_bench(setup, config, common.load_evidence(setup, options))
-    settings = {"steps": bench.steps, "batch size": config.batch_size, "fragments": config.fragments,
+    settings = {"steps": bench.steps, "steps in which rates are chosen": bench.steps,
+                "batch size": config.batch_size, "fragments": config.fragments,
                 "augment": config.augment,
                 "rank": config.rank, "alpha": config.alpha, "lr": config.lr,
                 "training pairs": len(bench.train), "held-out pairs": len(bench.held_out),

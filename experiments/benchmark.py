@@ -88,12 +88,12 @@ def publish(results: dict[str, Any], folder: Path, device: str) -> None:
             [label, *(f"{c[key] / unit:,.{0 if 'batch' in key else 2}f}" for c in results["contenders"].values())]
         )
     ours = results["contenders"]["ours"]
-    share, done = (100 * ours[f"share of ceiling{which}"] for which in ("", ", operations done"))
+    done, published = (100 * ours[f"share of ceiling{suffix}"] for suffix in ("", ", as published"))
     facts = [
         "This project to peft: "
         + ", ".join(f"{name.replace('_', ' ')} {ratio:.2f} x" for name, ratio in results["ratios_to_peft"].items()),
-        f"Share of the measured matrix-product ceiling: {share:.0f} % in the operations of CLIP as published without "
-        f"padding, {done:.0f} % in those done",
+        f"Share of the measured matrix-product ceiling: {done:.0f} % in the operations done, {published:.0f} % in "
+        "those of CLIP as published, without padding",
         "Losses of the same steps, this project: " + ", ".join(f"{x:.4f}" for x in results["losses"]["ours"]),
         "Losses of the same steps, peft:         " + ", ".join(f"{x:.4f}" for x in results["losses"]["peft"]),
         *(f"{key}: {value:.3g}" for part in ("inference", "chunked") for key, value in results.get(part, {}).items()),

@@ -1,54 +1,50 @@
 """The physical limit: how many operations a step asks for, how many it does, and how fast the machine multiplies."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel
 
 from experiments.contenders import ALPHA, RANK
 from lora import inject
 
 
-def published_flops(lengths: Tensor) -> int:
-    """Floating-point operations that a step on as many pairs asks for: those of transformers' CLIP with the adapter,
-    forward and backward, each picture and each caption by itself and none padded, counted from the shapes alone.
+def published_flops(lengths: Tensor) -> list[int]:
+    """Floating-point operations that a step asks for, of each pair: those of transformers' CLIP with the adapter, for a
+    picture and for a caption of each length (N,), not padded, forward and backward; counted from the shapes alone.
 
     The operations of "model FLOPs utilization" (Chowdhery et al. 2022, PaLM, appendix B): 8.8e9 for the forward pass of
     a picture, 6.0e9 for that of a caption of 77 tokens, and as much again backward, as frozen weights get no gradient.
     """
     with torch.device("meta"):
-        model = CLIPModel(CLIPConfig())
+        model: Any = CLIPModel(CLIPConfig())
         inject(model, rank=RANK, alpha=ALPHA)
-        towers: Any = model.get_image_features, model.get_text_features
 
-        def count(encode: Any, given: Tensor) -> int:
-            return count_flops(lambda: encode(given).pooler_output.sum().backward())
+        def count(tower: Any, projection: Any, given: Tensor) -> int:
+            return count_flops(lambda: projection(tower(given).pooler_output).sum().backward())
 
-        picture = count(towers[0], torch.empty(1, 3, 224, 224))
-        of_length = {n: count(towers[1], torch.zeros(1, n, dtype=torch.long)) for n in set(lengths.tolist())}
-    return sum(picture + of_length[n] for n in lengths.tolist())
+        picture = count(model.vision_model, model.visual_projection, torch.empty(1, 3, 224, 224))
+        caption = {
+            length: count(model.text_model, model.text_projection, torch.zeros(1, length, dtype=torch.long))
+            for length in set(lengths.tolist())
+        }
+    return [picture + caption[length] for length in lengths.tolist()]
 
 
 def count_flops(action: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products, convolutions and attentions that `action` really does."""
-
-    def attention(query: Any, key: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return 4 * math.prod(query) * int(key[-2])
-
-    def attention_backward(grad: Any, query: Any, key: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return 10 * math.prod(query) * int(key[-2])  # five products, of which one is done again
-
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch knows those of a GPU by itself
-    mapping = {
-        fused: attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    aten = torch.ops.aten
+    of_a_cpu = {  # the fused attention, which torch's counter knows of a GPU alone
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
     }
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FlopCounterMode(display=False, custom_mapping=of_a_cpu) as counter:
         action()
     return counter.get_total_flops()
 

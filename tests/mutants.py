@@ -60,7 +60,7 @@ MUTANTS = [
     Mutant("slope of the activation left out beside an adapter", "clip_medical/towers.py", "F.silu(SLOPE * mlp.fc1(rows)) / SLOPE", "F.silu(SLOPE * mlp.fc1(rows))", "tests/test_towers.py"),
     Mutant("another activation taken for CLIP's own", "clip_medical/towers.py", 'if mlp.config.hidden_act != "quick_gelu":', 'if False:', "tests/test_towers.py"),
     Mutant("gradient of a token sent to another", "clip_medical/towers.py", "grad.shape[1]).index_copy_(0, places, grad)", "grad.shape[1]).index_copy_(0, places.flip(0), grad)", "tests/test_towers.py"),
-    Mutant("positions counted through all captions", "clip_medical/towers.py", "position.expand_as(held)", "torch.arange(held.numel()).view_as(held) % len(position)", "tests/test_towers.py"),
+    Mutant("positions counted through all captions", "clip_medical/towers.py", "position.expand_as(held)", "held.flatten().cumsum(0).view_as(held) % len(position)", "tests/test_towers.py"),
     Mutant("captions padded to the longest of all", "clip_medical/towers.py", "held = held[:, held[-1]]", "held = held", "tests/test_towers.py"),
     Mutant("captions left in the order of their lengths", "clip_medical/towers.py", "pooled[_send(order.argsort(), device)]", "pooled", "tests/test_towers.py"),
     Mutant("patches cut along the other side", "clip_medical/towers.py", "cut.permute(0, 2, 4, 1, 3, 5)", "cut.permute(0, 4, 2, 1, 3, 5)", "tests/test_towers.py"),

@@ -156,7 +156,7 @@ def test_attention_pads_captions_to_the_longest_of_like_length(monkeypatch: pyte
     model, seen, attend = a_clip(2, ("q_proj",)), [], towers._attend
     monkeypatch.setattr(towers, "_attend", lambda *a, **k: seen.append(tuple(a[2].shape[::2])) or attend(*a, **k))
     text_tower(model.text_model, token_ids(), LENGTHS)
-    assert seen == 2 * [(3, 5), (3, 9)]  # keys of lengths 2, 3, 5 and of 7, 8, 9, in both layers
+    assert seen == 2 * [(2, 3), (4, 9)]  # keys of lengths 2 and 3, and of 5 to 9, in both layers
 
 
 def test_the_last_layer_computes_one_token_of_each_sequence() -> None:

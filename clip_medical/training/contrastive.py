@@ -116,7 +116,7 @@ def _image_chunk(clip: Clip, pairs: Pairs, rows: Tensor) -> Encode:
 
 
 def _text_chunk(clip: Clip, readings: Sequence[Pairs], rows: Tensor) -> Encode:
-    """Captions and their fragments at once, reading after reading: padding them alike costs the text tower nothing."""
+    """Captions and their fragments at once, reading after reading: to the text tower all are captions."""
     tokens, lengths = torch.cat([r.tokens[rows] for r in readings]), torch.cat([r.lengths[rows] for r in readings])
     return lambda: clip.text_features(tokens, lengths)
 
