@@ -42,13 +42,19 @@ def gradients(model: CLIPModel, features: Tensor) -> list[Tensor]:
     return [g for g in found if g is not None]
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")])
-def test_both_towers_equal_those_of_transformers(layers: int, targets: tuple[str, ...], checkpointing: bool) -> None:
+def test_both_towers_equal_those_of_transformers(
+    layers: int, targets: tuple[str, ...], checkpointing: bool, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mistake: another token's query or residual, keys of the read token alone, text that sees behind its end or into
-    the caption before, a position counted from there, a patch cut across, a norm or an adapter passed over."""
+    the caption before, a position counted from there, a patch cut across, a norm or an adapter passed over; captions
+    of one group, as on a GPU, or of two, given back in another order."""
     model, ids = a_clip(layers, targets), token_ids()
+    if together:
+        monkeypatch.setattr(towers, "_like_length", lambda lengths, device: [len(lengths)])
     pixels = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     mask = (torch.arange(9) < LENGTHS[:, None]).long()
     for ours, theirs in (
@@ -157,6 +163,18 @@ def test_attention_pads_captions_to_the_longest_of_like_length(monkeypatch: pyte
     monkeypatch.setattr(towers, "_attend", lambda *a, **k: seen.append(tuple(a[2].shape[::2])) or attend(*a, **k))
     text_tower(model.text_model, token_ids(), LENGTHS)
     assert seen == 2 * [(2, 3), (4, 9)]  # keys of lengths 2 and 3, and of 5 to 9, in both layers
+
+
+def test_captions_of_like_length_are_those_with_the_least_padding() -> None:
+    """Mistake: two groups where one has no padding; on a GPU, for less than a third of it."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for lengths, on_cpu, on_gpu in (
+        ([5], [1], [1]),
+        ([7, 7, 7], [3], [3]),
+        ([2, 3, 5, 7, 8, 9], [2, 4], [6]),  # 42 rows for 54
+        ([3, 3, 4, 20, 21, 21], [3, 3], [3, 3]),  # 75 for 126
+    ):
+        assert [towers._like_length(torch.tensor(lengths), device) for device in (cpu, gpu)] == [on_cpu, on_gpu]
 
 
 def test_the_last_layer_computes_one_token_of_each_sequence() -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import experiments.variants
 from clip_medical import load_clip
 from clip_medical.config import Config
+from clip_medical.data.batches import Pairs
 from experiments import ablation
 from experiments.ablation import UNADAPTED, Ablation, difference, read_config
-from experiments.variants import FULL, LINEAR, variants
+from experiments.variants import FULL, LINEAR, Bench, choose_lr, variants
 from tests.experiments.tools import Command, results
 
 
@@ -33,6 +35,20 @@ def test_what_each_variant_trains() -> None:
             layers = [m for m in clip.model.modules() if hasattr(m, "lora_A")]
             assert {layer.scaling for layer in layers} == {2.0}, "a rank must not change the step size"
     assert len({variant.name for variant in variants(Config(), (1, 8))}) == 7
+
+
+def test_a_rate_is_chosen_with_all_the_steps_and_nine_tenths_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistake: a rate that is good for a quarter of the steps taken for all; learning from the tenth that decides."""
+    clip, fitted, number = load_clip(), [], torch.arange(20)
+    tokens, lengths = clip.tokens([f"number {n}" for n in number.tolist()])
+    pixels = torch.zeros(20, 3, clip.image_size, clip.image_size, dtype=torch.uint8)
+    pairs = Pairs(pixels, tokens, lengths, number, number)
+    monkeypatch.setattr(
+        experiments.variants, "fit", lambda b, v, lr, rows, steps: fitted.append((lr, len(rows), steps)) or clip
+    )
+    bench = Bench(Config(), 7, load_clip, pairs, pairs, {}, pairs)
+    found = choose_lr(bench, variants(Config(), (8,))[0], (0.1, 0.2))
+    assert fitted == [(0.1, 18, 7), (0.2, 18, 7)] and set(found["losses"]) == {"0.1", "0.2"}
 
 
 def test_one_table_that_goes_on_where_it_stopped(

@@ -58,11 +58,16 @@ def one_graph(clip: Clip, data: Pairs, chunk_size: int) -> tuple[Tensor, list[Te
     """The definition: all features in one graph, encoded in the same chunks so that dropout draws the same masks."""
     chunks = torch.arange(N).split(chunk_size)
     images = torch.cat([clip.image_features(data.pixels[r]) for r in chunks])
-    texts = torch.cat([clip.text_features(data.tokens[r], data.lengths[r]) for r in chunks])
-    positives = same_rows(data.caption_ids, data.image_ids)
-    loss = info_nce(images, texts, clip.model.logit_scale, positives)
-    loss.backward()
-    return loss.detach(), gradients(clip)
+    readings, of_chunks = [data, *data.fragments], []
+    for r in chunks:
+        tokens, lengths = (torch.cat([getattr(each, key)[r] for each in readings]) for key in ("tokens", "lengths"))
+        of_chunks.append(clip.text_features(tokens, lengths).view(len(readings), len(r), -1))
+    losses = [
+        each.weight * info_nce(images, texts, clip.model.logit_scale, same_rows(*each.ids))
+        for each, texts in zip(readings, torch.cat(of_chunks, dim=1), strict=True)
+    ]
+    torch.stack(losses).sum().backward()
+    return losses[0].detach(), gradients(clip)
 
 
 def with_fragments(data: Pairs) -> Pairs:
@@ -83,9 +88,11 @@ def relative(a: list[Tensor], b: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 8, 11, N, 1000])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_chunked_gradients_equal_one_graph(chunk_size: int, dropout: float) -> None:
-    """Catches masks that differ between the passes, a last chunk that is lost, a gradient sent to another chunk."""
-    clip, data = small_clip(dropout), pairs()
+@pytest.mark.parametrize("cut", [False, True])
+def test_chunked_gradients_equal_one_graph(chunk_size: int, dropout: float, cut: bool) -> None:
+    """Catches masks that differ between the passes, a last chunk that is lost, a gradient sent to another chunk, or
+    that of a fragment to a caption."""
+    clip, data = small_clip(dropout), with_fragments(pairs()) if cut else pairs()
     torch.manual_seed(3)
     expected_loss, expected = one_graph(clip, data, chunk_size)
     torch.manual_seed(3)
@@ -99,7 +106,7 @@ def test_fragments_add_a_weighted_loss_of_their_own(chunk_size: int) -> None:
     """Catches a weight that is left out, words that are right for one picture and wrong for another, a returned loss
     that is not that of the captions, and gradients of one loss that are lost to the other."""
     clip, data = small_clip(), with_fragments(pairs())
-    caption_loss, expected = one_graph(clip, data, N)
+    caption_loss, expected = one_graph(clip, pairs(), N)
     for cut in data.fragments:
         images, texts = clip.image_features(data.pixels), clip.text_features(cut.tokens, cut.lengths)
         (cut.weight * info_nce(images, texts, clip.model.logit_scale, same_rows(*cut.ids))).backward()
