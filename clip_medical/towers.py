@@ -125,8 +125,8 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing
 
 def _like_length(lengths: Tensor, device: torch.device) -> list[int]:
     """How many captions, sorted by their lengths (N,), to lay side by side: so many short ones and the rest by itself,
-    with the least padding. All together where that leaves out nothing, or on a GPU less than a third: launching the
-    kernels of a further group costs more than computing some padding."""
+    with the least padding. All together where that leaves out nothing, or on a GPU less than a third: a further group
+    is further kernels to launch, for which a GPU waits at small batches. (The third is a guess, not measured.)"""
     count = torch.arange(1, len(lengths) + 1, device=lengths.device)
     padded = count * lengths + (len(lengths) - count) * lengths[-1]  # rows, if the first `count` are a group
     short = int(padded.argmin()) + 1
