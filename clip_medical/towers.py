@@ -11,7 +11,7 @@ arithmetic, needs them side by side, padded to the longest: short ones and long 
 The layers below the last need all L, as each token attends to the others. The last one needs the keys and values of
 all, but query (one D x D product), output projection (one) and the whole MLP (eight) of that one token alone.
 
-Values and gradients are those of transformers' towers to rounding.
+Values and gradients are those of transformers' towers to rounding. What a layer is made of is in fused.py.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPVisionModel
+
+from clip_medical.fused import attend, picked, plus_mlp, plus_projected, projected
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Group:
     def as_rows(self, by_head: Tensor) -> Tensor:
         """(n, heads, L, D / heads) -> (t, D), the way back."""
         rows = by_head.transpose(1, 2).reshape(self.count * self.longest, -1)
-        picked: Tensor = rows if self.places is None else _Rows.apply(rows, self.places)
-        return picked
+        return rows if self.places is None else picked(rows, self.places)
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,6 @@ class Sequences:
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """(T, D) -> (t, D) of each group."""
         return (matrix,) if len(self.groups) == 1 else matrix.split([group.tokens for group in self.groups])
-
-
-class _Rows(torch.autograd.Function):
-    """rows[places], each place once: so the gradient is a copy, where torch would add up, which is slower."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.count = len(rows)
-        return rows[places]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, places, grad), None
 
 
 def image_tower(tower: CLIPVisionModel, pixels: Tensor, checkpointing: bool = False) -> Tensor:
@@ -161,82 +145,28 @@ def _encode(tower: Any, hidden: Tensor, sequences: Sequences, checkpointing: boo
 
 def _layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     """(T, D) -> (T, D), what a CLIPEncoderLayer makes of it."""
-    attention, normed, mixed = layer.self_attn, layer.layer_norm1(hidden), []
+    attention, mixed = layer.self_attn, []
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    parts = (sequences.split(projection(normed)) for projection in projections)
+    parts = (sequences.split(each) for each in projected(projections, layer.layer_norm1(hidden)))
     for group, *rows in zip(sequences.groups, *parts, strict=True):
         query, key, value = (group.side_by_side(each, attention.num_heads) for each in rows)
-        mixed.append(group.as_rows(_attend(attention, query, key, value, causal=group.seen is not None)))
-    hidden = hidden + attention.out_proj(_joined(mixed))
-    return hidden + _mlp(layer.mlp, layer.layer_norm2(hidden))
+        mixed.append(group.as_rows(attend(attention, query, key, value, causal=group.seen is not None)))
+    hidden = plus_projected(hidden, attention.out_proj, _joined(mixed))
+    return plus_mlp(hidden, layer.mlp, layer.layer_norm2(hidden))
 
 
 def _last_layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     """(T, D) -> (N, D), of what `_layer` would make of it the rows that are kept."""
     attention, normed, mixed = layer.self_attn, layer.layer_norm1(hidden), []
     queries = attention.q_proj(normed[sequences.kept])[:, None].unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-    parts = (sequences.split(projection(normed)) for projection in (attention.k_proj, attention.v_proj))
+    parts = (sequences.split(each) for each in projected((attention.k_proj, attention.v_proj), normed))
     counts = [group.count for group in sequences.groups]
     for group, query, *rows in zip(sequences.groups, queries.split(counts), *parts, strict=True):
         key, value = (group.side_by_side(each, attention.num_heads) for each in rows)
-        mixed.append(_attend(attention, query, key, value, seen=group.seen).flatten(1))
-    kept = hidden[sequences.kept] + attention.out_proj(_joined(mixed))
-    return kept + _mlp(layer.mlp, layer.layer_norm2(kept))
+        mixed.append(attend(attention, query, key, value, seen=group.seen).flatten(1))
+    kept = plus_projected(hidden[sequences.kept], attention.out_proj, _joined(mixed))
+    return plus_mlp(kept, layer.mlp, layer.layer_norm2(kept))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-SLOPE = 1.702
-
-
-def _mlp(mlp: Any, rows: Tensor) -> Tensor:
-    """(T, D) -> (T, D), what a CLIPMLP makes of it.
-
-    CLIP's activation x * sigmoid(1.702 x) works on the widest tensors of the model. As it is written autograd makes
-    eight of them, forward and backward, and keeps two. But with z = 1.702 x it is silu(z) / 1.702, and its derivative
-    is silu'(z), as the constants cancel: torch has both as one kernel each.
-    """
-    if mlp.config.hidden_act != "quick_gelu":
-        result: Tensor = mlp(rows)
-    elif type(mlp.fc1) is type(mlp.fc2) is nn.Linear and not any(p.requires_grad for p in mlp.parameters()):
-        result = _FrozenMLP.apply(rows, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-    else:  # an adapter does its own products, even a frozen one
-        result = mlp.fc2(F.silu(SLOPE * mlp.fc1(rows)) / SLOPE)
-    return result
-
-
-class _FrozenMLP(torch.autograd.Function):
-    """W2 silu(z) / 1.702 + b2 with z = 1.702 (W1 x + b1). addmm's alpha applies the factors at no cost."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        z = torch.addmm(SLOPE * b1, rows, w1.T, alpha=SLOPE)
-        ctx.save_for_backward(z, w1, w2)
-        return torch.addmm(b2, F.silu(z), w2.T, alpha=1 / SLOPE)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        z, w1, w2 = ctx.saved_tensors
-        inner = grad @ w2.to(z.dtype)  # where autocast computes in another format than the weights'
-        torch.ops.aten.silu_backward.grad_input(inner, z, grad_input=inner)
-        return inner @ w1.to(z.dtype), None, None, None, None
-
-
-def _attend(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool = False, seen: Tensor | None = None
-) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V of each head, (N, heads, L, d). causal: each token sees itself and those before it, so
-    no text token sees padding; seen (N, 1, 1, L): keys that a single query sees."""
-    dropout = attention.dropout if attention.training else 0.0
-    if query.device.type == "cpu" and query.dtype.itemsize == 2:
-        # torch's fused kernel has a backward pass in half precision that is slower than this, about four times on a
-        # CPU with AMX
-        if causal:
-            seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
-        scores = attention.scale * query @ key.transpose(2, 3)
-        scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
-        return F.dropout(scores.softmax(dim=3), dropout) @ value
-    return F.scaled_dot_product_attention(query, key, value, seen, dropout, causal, scale=attention.scale)

@@ -30,6 +30,7 @@ PNG = "clip_medical/data/png.py"
 FRAGMENTS, ZERO_SHOT = "clip_medical/data/fragments.py", "clip_medical/evaluation/zero_shot.py"
 RUNS, EXPORT, ONNX = "clip_medical/runs.py", "clip_medical/export.py", "clip_medical/onnx_export.py"
 CLASSES, SEARCH = "clip_medical/evaluation/classification.py", "clip_medical/evaluation/search.py"
+FUSED = "clip_medical/fused.py"
 COMMON, STRESS = "experiments/common.py", "experiments/stress_test.py"
 VARIANTS, ABLATION = "experiments/variants.py", "experiments/ablation.py"
 
@@ -53,18 +54,28 @@ MUTANTS = [
     Mutant("query of the first token in a caption", "clip_medical/towers.py", "normed[sequences.kept]", "normed[: len(sequences.kept)]", "tests/test_towers.py"),
     Mutant("end token sees its padding", "clip_medical/towers.py", "_send(held[:, None, None], device)", "_send(torch.ones_like(held)[:, None, None], device)", "tests/test_towers.py"),
     Mutant("text that sees ahead below the last layer", "clip_medical/towers.py", "causal=group.seen is not None", "causal=False", "tests/test_towers.py"),
-    Mutant("slow attention in half precision", "clip_medical/towers.py", "and query.dtype.itemsize == 2", "and query.dtype.itemsize == 1", "tests/test_towers.py"),
-    Mutant("plain attention that is not causal", "clip_medical/towers.py", "        if causal:\n", "        if False:\n", "tests/test_towers.py"),
-    Mutant("slope left out of the bias before the activation", "clip_medical/towers.py", "torch.addmm(SLOPE * b1,", "torch.addmm(b1,", "tests/test_towers.py"),
-    Mutant("slope taken from the bias after the activation", "clip_medical/towers.py", "torch.addmm(b2, F", "torch.addmm(b2 / SLOPE, F", "tests/test_towers.py"),
-    Mutant("slope of the activation left out beside an adapter", "clip_medical/towers.py", "F.silu(SLOPE * mlp.fc1(rows)) / SLOPE", "F.silu(SLOPE * mlp.fc1(rows))", "tests/test_towers.py"),
-    Mutant("another activation taken for CLIP's own", "clip_medical/towers.py", 'if mlp.config.hidden_act != "quick_gelu":', 'if False:', "tests/test_towers.py"),
-    Mutant("gradient of a token sent to another", "clip_medical/towers.py", "grad.shape[1]).index_copy_(0, places, grad)", "grad.shape[1]).index_copy_(0, places.flip(0), grad)", "tests/test_towers.py"),
+    Mutant("slow attention in half precision", FUSED, " or key.dtype.itemsize == 2", "", "tests/test_fused.py"),
+    Mutant("plain attention that is not causal", FUSED, "        if causal:\n", "        if False:\n", "tests/test_fused.py"),
+    Mutant("slope left out of the bias before the activation", FUSED, "torch.addmm(SLOPE * b1,", "torch.addmm(b1,", "tests/test_fused.py"),
+    Mutant("slope taken from the bias after the activation", FUSED, "(hidden + b2).addmm_(F", "(hidden + b2 / SLOPE).addmm_(F", "tests/test_fused.py"),
+    Mutant("slope of the activation left out beside an adapter", FUSED, "F.silu(SLOPE * mlp.fc1(rows)) / SLOPE", "F.silu(SLOPE * mlp.fc1(rows))", "tests/test_fused.py"),
+    Mutant("another activation taken for CLIP's own", FUSED, 'if mlp.config.hidden_act != "quick_gelu":', 'if False:', "tests/test_fused.py"),
+    Mutant("gradient of a token sent to another", FUSED, "grad.shape[1]).index_copy_(0, places, grad)", "grad.shape[1]).index_copy_(0, places.flip(0), grad)", "tests/test_fused.py"),
     Mutant("positions counted through all captions", "clip_medical/towers.py", "position.expand_as(held)", "held.flatten().cumsum(0).view_as(held) % len(position)", "tests/test_towers.py"),
     Mutant("captions padded to the longest of all", "clip_medical/towers.py", "held = held[:, held[-1]]", "held = held", "tests/test_towers.py"),
     Mutant("captions left in the order of their lengths", "clip_medical/towers.py", "pooled[_send(order.argsort(), device)]", "pooled", "tests/test_towers.py"),
     Mutant("patches cut along the other side", "clip_medical/towers.py", "cut.permute(0, 2, 4, 1, 3, 5)", "cut.permute(0, 4, 2, 1, 3, 5)", "tests/test_towers.py"),
-    Mutant("frozen MLP under autocast", "clip_medical/towers.py", "grad @ w2.to(z.dtype)", "grad @ w2", "tests/test_towers.py"),
+    Mutant("frozen MLP under autocast", FUSED, "_is_linear(mlp.fc2) and not torch.is_autocast_enabled(rows.device.type)", "_is_linear(mlp.fc2)", "tests/test_fused.py"),
+    Mutant("joined adapters without their scaling", FUSED, "layer.strength * layer.scaling * layer.lora_A", "layer.lora_A", "tests/test_fused.py"),
+    Mutant("joined adapters always at full strength", FUSED, "layer.strength * layer.scaling * layer.lora_A", "layer.scaling * layer.lora_A", "tests/test_fused.py"),
+    Mutant("branch of one layer added to another", FUSED, "part, next(each_B).T", "inner[:, : part.shape[1]], next(each_B).T", "tests/test_fused.py"),
+    Mutant("gradient that passes the branches by", FUSED, "to_rows = to_inner @ A", "to_rows = torch.zeros_like(rows)", "tests/test_fused.py"),
+    Mutant("dropout of joined adapters passed over", FUSED, "        and not (layer.training and layer.dropout)\n", "", "tests/test_fused.py"),
+    Mutant("adapter at strength 0 read all the same", FUSED, "        and layer.strength != 0\n", "", "tests/test_fused.py"),
+    Mutant("learned weights taken for frozen ones", FUSED, " and not any(p.requires_grad for p in layer.parameters())", "", "tests/test_fused.py"),
+    Mutant("product added to hidden itself", FUSED, "(hidden + layer.bias).addmm_", "hidden.data.add_(layer.bias).addmm_", "tests/test_fused.py"),
+    Mutant("scale left out of the gradient of the keys", FUSED, "_scaled(ctx.scale, to_scores.mT, q)", "to_scores.mT @ q", "tests/test_fused.py"),
+    Mutant("plain attention in evaluation", FUSED, "if attention.training and key", "if key", "tests/test_fused.py"),
     Mutant("results without a place to go", "clip_medical/runs.py", "except OSError as error:\n        raise UserError(f\"{folder} cannot", "except EOFError as error:\n        raise UserError(f\"{folder} cannot", "tests/experiments/test_benchmark.py"),
     Mutant("activations kept after all", "clip_medical/towers.py", "if checkpointing and torch.is_grad_enabled():", "if False:", "tests/training/test_memory.py"),
     Mutant("announced pixels read again", "clip_medical/training/progress.py", "self.announced.pop(tuple(rows.tolist()), None)", "None", "tests/training/test_progress.py"),

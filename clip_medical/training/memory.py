@@ -172,7 +172,7 @@ def keep_freed_memory(device: torch.device) -> None:
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
     if device.type == "cpu" and sys.platform == "linux" and hasattr(c_library := ctypes.CDLL(None), "mallopt"):
         c_library.mallopt(mmap_max, 0)
-        c_library.mallopt(trim_threshold, 2**31 - 1)
+        c_library.mallopt(trim_threshold, -1)  # never
 
 
 def memory_limit(device: torch.device) -> int:
