@@ -1,9 +1,9 @@
-"""Parts of a transformer layer whose gradients are written out, as autograd's own way does more than it must.
+"""Pieces of a transformer layer as autograd Functions of our own: what the modules compute, in fewer tensors.
 
-Autograd takes one operation at a time: each keeps what it needs and makes a new tensor of the size of its input, and
-where several read the same tensor their gradients are added up afterwards. Here matrix products add to what is there
-already (addmm_), one tensor serves all that read it, and frozen weights get no gradient. Each function returns what the
-layers would, values and gradients, to rounding; where they are other layers than it knows, it calls them as they are.
+Autograd takes one operation at a time: each makes a new tensor, and where several read the same one their gradients
+are added up afterwards. Here products add to what is there already (addmm_), and one tensor serves all that read it.
+Values and gradients are those of the modules, to rounding. What these functions do not know (dropout, learned weights,
+autocast) they call as it is; forward hooks on the layers inside are not run.
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,23 @@ from lora import LoRALinear
 def projected(layers: Sequence[nn.Module], rows: Tensor) -> Sequence[Tensor]:
     """layer(rows) of each layer, which all read the same rows (T, in).
 
-    For LoRA layers and frozen ones: with the A of all of them in one matrix, the rows are read once for all branches,
-    and so are they in the backward pass, where the gradients of all products and branches add up in one tensor.
+    For frozen layers, some with LoRA: with the A of all of them in one matrix, the rows are read once for all branches,
+    and the gradients of all products and branches add up in one tensor.
     """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    known = all(_is_linear(layer) if layer not in adapted else _is_plain_lora(layer) for layer in layers)
+    known = all(_is_frozen(layer) or _is_plain_lora(layer) for layer in layers)
     if not adapted or not known or torch.is_autocast_enabled(rows.device.type):
         return [layer(rows) for layer in layers]
     bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
     ranks = [layer.rank if isinstance(layer, LoRALinear) else 0 for layer in layers]
+    # scaled is A, where LoRALinear scales B: one product for all of them, and autograd sees to gradients and casts
     A = torch.cat([layer.strength * layer.scaling * layer.lora_A for layer in adapted]).to(rows.dtype)
     results: tuple[Tensor, ...] = _Projected.apply(rows, bases, ranks, A, *[b.lora_B.to(rows.dtype) for b in adapted])
     return results
 
 
 class _Projected(torch.autograd.Function):
-    """y = W x + b + B A x of several layers; A (R, in) is that of all of them, B (out, r) that of each with a rank."""
+    """y = W x + b + B A x of several layers: A (R, in), scaled, of all of them; B (out, r) of each that has a rank."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bases: list[nn.Linear], ranks: list[int], A: Tensor, *Bs: Tensor) -> Any:
@@ -53,59 +54,52 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, A, *Bs = ctx.saved_tensors
         of_adapted = [grad for grad, rank in zip(grads, ctx.ranks, strict=True) if rank]
-        to_inner = torch.cat([grad @ B for grad, B in zip(of_adapted, Bs, strict=True)], dim=1)
+        grad_inner = torch.cat([grad @ B for grad, B in zip(of_adapted, Bs, strict=True)], dim=1)
         parts = inner.split([rank for rank in ctx.ranks if rank], dim=1)
-        to_B = [grad.T @ part for grad, part in zip(of_adapted, parts, strict=True)]
-        to_rows = None
+        grad_Bs = [grad.T @ part for grad, part in zip(of_adapted, parts, strict=True)]
+        grad_rows = None
         if ctx.needs_input_grad[0]:
-            to_rows = to_inner @ A
+            grad_rows = grad_inner @ A
             for grad, base in zip(grads, ctx.bases, strict=True):
-                to_rows.addmm_(grad, base.weight)
-        return to_rows, None, None, to_inner.T @ rows, *to_B
-
-
-def plus_projected(hidden: Tensor, layer: Any, rows: Tensor) -> Tensor:
-    """hidden + layer(rows); hidden (T, out), rows (T, in). A frozen layer adds its product to hidden and bias."""
-    if not _is_linear(layer) or torch.is_autocast_enabled(rows.device.type):
-        return hidden + layer(rows)
-    return (hidden + layer.bias).addmm_(rows, layer.weight.T)
+                grad_rows.addmm_(grad, base.weight)
+        return grad_rows, None, None, grad_inner.T @ rows, *grad_Bs
 
 
 SLOPE = 1.702
 
 
-def plus_mlp(hidden: Tensor, mlp: Any, rows: Tensor) -> Tensor:
-    """hidden + mlp(rows) with a CLIPMLP; (T, D) all three.
+def mlp_of(mlp: Any, rows: Tensor) -> Tensor:
+    """(T, D) -> (T, D), what a CLIPMLP makes of it.
 
     CLIP's activation x * sigmoid(1.702 x) works on the widest tensors of the model. As it is written autograd makes
     eight of them, forward and backward, and keeps two. But with z = 1.702 x it is silu(z) / 1.702, and its derivative
     is silu'(z), as the constants cancel: torch has both as one kernel each.
     """
     if mlp.config.hidden_act != "quick_gelu":
-        result: Tensor = hidden + mlp(rows)
-    elif _is_linear(mlp.fc1) and _is_linear(mlp.fc2) and not torch.is_autocast_enabled(rows.device.type):
-        result = _PlusMLP.apply(hidden, rows, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-    else:  # an adapter does its own products, even a frozen one
-        result = hidden + mlp.fc2(F.silu(SLOPE * mlp.fc1(rows)) / SLOPE)
+        result: Tensor = mlp(rows)
+    elif _is_frozen(mlp.fc1) and _is_frozen(mlp.fc2) and not torch.is_autocast_enabled(rows.device.type):
+        result = _FrozenMLP.apply(rows, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    else:  # an adapter, even a frozen one, does its own products, and learned weights need their gradients
+        result = mlp.fc2(F.silu(SLOPE * mlp.fc1(rows)) / SLOPE)
     return result
 
 
-class _PlusMLP(torch.autograd.Function):
-    """h + W2 silu(z) / 1.702 + b2 with z = 1.702 (W1 x + b1). addmm's alpha applies the factors at no cost."""
+class _FrozenMLP(torch.autograd.Function):
+    """W2 silu(z) / 1.702 + b2 with z = 1.702 (W1 x + b1). addmm's alpha applies the factors at no cost."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         z = torch.addmm(SLOPE * b1, rows, w1.T, alpha=SLOPE)
         ctx.save_for_backward(z, w1, w2)
-        return (hidden + b2).addmm_(F.silu(z), w2.T, alpha=1 / SLOPE)
+        return torch.addmm(b2, F.silu(z), w2.T, alpha=1 / SLOPE)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         z, w1, w2 = ctx.saved_tensors
         inner = grad @ w2
         torch.ops.aten.silu_backward.grad_input(inner, z, grad_input=inner)
-        return grad, inner @ w1, None, None, None, None
+        return inner @ w1, None, None, None, None
 
 
 def attend(
@@ -114,9 +108,10 @@ def attend(
     """softmax(Q K^T / sqrt(d)) V of each head, (n, heads, L, d). causal: each token sees itself and those before it, so
     no text token sees padding; seen (n, 1, 1, L): keys that a single query sees.
 
-    On a CPU the backward pass of torch's fused kernel is slower than plain products: in half precision at any length,
-    in fp32 up to about twice the width of a head, where it takes up to twice as long. Beyond that the L x L
-    probabilities, which plain products keep, are many.
+    torch's fused kernel has a backward pass that plain products outrun on a CPU: in half precision several times over,
+    in fp32 for sequences up to about twice the width of a head. Beyond that the L x L probabilities, which they keep,
+    take too much memory. In evaluation the fused kernel is the faster. Not where there is no gradient: the first pass
+    of a chunked step keeps no graph, and the second has to repeat it to the bit.
     """
     dropout = attention.dropout if attention.training else 0.0
     short = key.shape[2] <= 2 * key.shape[3] or key.dtype.itemsize == 2
@@ -134,7 +129,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Tensor | None) -> Tensor:
         q, k, v = (each.flatten(0, 1) for each in (query, key, value))
-        scores = _scaled(scale, q, k.mT)
+        scores = _scaled_bmm(scale, q, k.mT)
         if seen is not None:
             scores.view(*query.shape[:3], -1).masked_fill_(~seen, -torch.inf)
         p = scores.softmax(dim=2)
@@ -147,12 +142,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
         grad = grad.flatten(0, 1)
-        to_scores = torch._softmax_backward_data(grad @ v.mT, p, 2, p.dtype)
-        found = _scaled(ctx.scale, to_scores, k), _scaled(ctx.scale, to_scores.mT, q), p.mT @ grad
-        return *(each.unflatten(0, (-1, ctx.heads)) for each in found), None, None
+        grad_scores = torch._softmax_backward_data(grad @ v.mT, p, 2, p.dtype)
+        grads = _scaled_bmm(ctx.scale, grad_scores, k), _scaled_bmm(ctx.scale, grad_scores.mT, q), p.mT @ grad
+        return *(each.unflatten(0, (-1, ctx.heads)) for each in grads), None, None
 
 
-def _scaled(scale: float, a: Tensor, b: Tensor) -> Tensor:
+def _scaled_bmm(scale: float, a: Tensor, b: Tensor) -> Tensor:
     """scale * a @ b, matrix by matrix."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
@@ -179,16 +174,15 @@ def picked(rows: Tensor, places: Tensor) -> Tensor:
     return result
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    """Whether it is a frozen nn.Linear with a bias, and nothing else."""
-    return type(layer) is nn.Linear and layer.bias is not None and not any(p.requires_grad for p in layer.parameters())
+def _is_frozen(layer: nn.Module) -> bool:
+    """Whether it is an nn.Linear with a bias that does not learn; no subclass, which may compute something else."""
+    if type(layer) is not nn.Linear or layer.bias is None:
+        return False
+    return not (layer.weight.requires_grad or layer.bias.requires_grad)
 
 
-def _is_plain_lora(layer: LoRALinear) -> bool:
-    """Whether it computes W x + b + scaling * B A x now, and nothing else."""
-    return (
-        type(layer) is LoRALinear
-        and _is_linear(layer.base)
-        and layer.strength != 0
-        and not (layer.training and layer.dropout)
-    )
+def _is_plain_lora(layer: nn.Module) -> bool:
+    """Whether it computes W x + b + scaling * B A x at the moment: no dropout, not switched off."""
+    if type(layer) is not LoRALinear or not _is_frozen(layer.base):
+        return False
+    return layer.strength != 0 and not (layer.training and layer.dropout)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPVisionModel
 
-from clip_medical.fused import attend, picked, plus_mlp, plus_projected, projected
+from clip_medical.fused import attend, mlp_of, picked, projected
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def _layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     for group, *rows in zip(sequences.groups, *parts, strict=True):
         query, key, value = (group.side_by_side(each, attention.num_heads) for each in rows)
         mixed.append(group.as_rows(attend(attention, query, key, value, causal=group.seen is not None)))
-    hidden = plus_projected(hidden, attention.out_proj, _joined(mixed))
-    return plus_mlp(hidden, layer.mlp, layer.layer_norm2(hidden))
+    hidden = hidden + attention.out_proj(_joined(mixed))
+    return hidden + mlp_of(layer.mlp, layer.layer_norm2(hidden))
 
 
 def _last_layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
@@ -164,8 +164,8 @@ def _last_layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     for group, query, *rows in zip(sequences.groups, queries.split(counts), *parts, strict=True):
         key, value = (group.side_by_side(each, attention.num_heads) for each in rows)
         mixed.append(attend(attention, query, key, value, seen=group.seen).flatten(1))
-    kept = plus_projected(hidden[sequences.kept], attention.out_proj, _joined(mixed))
-    return plus_mlp(kept, layer.mlp, layer.layer_norm2(kept))
+    kept = hidden[sequences.kept] + attention.out_proj(_joined(mixed))
+    return kept + mlp_of(layer.mlp, layer.layer_norm2(kept))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

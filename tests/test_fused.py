@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from clip_medical.fused import attend, picked, plus_mlp, plus_projected, projected
+from clip_medical.fused import attend, mlp_of, picked, projected
 from lora import LoRALinear, inject
 
 
@@ -28,15 +28,28 @@ def with_gradients(results: Any, given: list[Tensor]) -> list[Tensor]:
     return [*results, *torch.autograd.grad(total, given)]
 
 
+class TwiceLinear(nn.Linear):
+    """As a quantised layer might: computes something else than its weight tells."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return 2 * super().forward(rows)
+
+
+class TwiceLoRA(LoRALinear):
+    def forward(self, rows: Tensor) -> Tensor:
+        return 2 * super().forward(rows)
+
+
 def linear(change: str = "") -> nn.Linear:
-    layer = nn.Linear(6, 5, bias="no bias" not in change).double().requires_grad_("learned" in change)
-    return layer
+    kind = TwiceLinear if "subclass" in change else nn.Linear
+    return kind(6, 5, bias="no bias" not in change).double().requires_grad_("learned" in change)
 
 
 def lora(rank: int, change: str = "") -> LoRALinear:
-    layer = LoRALinear(linear(change), rank, alpha=3 * rank + 1, dropout=0.5 if "dropout" in change else 0.0).double()
+    kind, base = TwiceLoRA if "subclass" in change else LoRALinear, linear(change.replace("subclass", ""))
+    layer = kind(base, rank, alpha=3 * rank + 1, dropout=0.5 if "dropout" in change else 0.0).double()
     layer.strength = 0.5 if "strength" in change else 1.0
-    layer.base.requires_grad_("learned" in change)
+    base.requires_grad_("learned" in change)
     return layer.train("eval" not in change)
 
 
@@ -50,11 +63,15 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
     "no bias": lambda: [lora(2, "no bias"), linear("no bias")],
     "learned weights": lambda: [lora(2), linear("learned")],
     "learned base": lambda: [lora(2, "learned"), linear()],
+    "subclass": lambda: [lora(2), linear("subclass")],
+    "subclass of LoRA": lambda: [lora(2, "subclass"), linear()],
 }
 
 
-@pytest.mark.parametrize("learned_rows", [True, False])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("kind", "learned_rows"),
+    [(kind, learned) for kind in LAYERS for learned in (True, False) if learned or kind != "none"],
+)
 def test_projected_is_each_layer_by_itself(kind: str, learned_rows: bool) -> None:
     """Mistake: the branch of one layer added to another, its scaling or strength left out, dropout passed over, the
     gradient of a branch, of a layer without one, or of learned weights lost."""
@@ -63,8 +80,6 @@ def test_projected_is_each_layer_by_itself(kind: str, learned_rows: bool) -> Non
     random_weights(*layers)
     rows = torch.randn(7, 6, dtype=torch.float64, requires_grad=learned_rows)
     learned = [p for layer in layers for p in layer.parameters() if p.requires_grad] + [rows] * learned_rows
-    if not learned:  # frozen layers of frozen rows have no gradient
-        return
     found = []
     for call in (lambda: projected(layers, rows), lambda: [layer(rows) for layer in layers]):
         torch.manual_seed(1)  # the same dropout
@@ -98,18 +113,6 @@ def test_projected_keeps_its_rows_once() -> None:
     assert sorted(shape for _, shape in kept) == [(7, 5), (7, 6)]  # A x of both ranks, and x
 
 
-@pytest.mark.parametrize("layer", [linear(), linear("no bias"), linear("learned"), lora(2)])
-def test_plus_projected_adds_to_what_is_there(layer: nn.Module) -> None:
-    """Mistake: hidden written over, which others still read; a bias or the gradient of learned weights lost."""
-    random_weights(layer)
-    hidden, rows = (torch.randn(7, n, dtype=torch.float64, requires_grad=True) for n in (5, 6))
-    learned = [hidden, rows, *(p for p in layer.parameters() if p.requires_grad)]
-    before = hidden.detach().clone()
-    found = with_gradients([plus_projected(hidden, layer, rows)], learned)
-    torch.testing.assert_close(found, with_gradients([hidden + layer(rows)], learned))
-    assert torch.equal(hidden, before)
-
-
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("learned", ["nothing", "adapter", "frozen adapter", "weights"])
 def test_the_mlp_is_that_of_transformers(activation: str, learned: str) -> None:
@@ -122,10 +125,9 @@ def test_the_mlp_is_that_of_transformers(activation: str, learned: str) -> None:
     if learned == "frozen adapter":
         mlp.requires_grad_(False)
     random_weights(mlp)
-    hidden, rows = (torch.randn(5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    given = [hidden, rows, *(parameter for parameter in mlp.parameters() if parameter.requires_grad)]
-    results = (plus_mlp(hidden, mlp, rows), hidden + mlp(rows))
-    torch.testing.assert_close(*(with_gradients([result], given) for result in results))
+    rows = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    given = [rows, *(parameter for parameter in mlp.parameters() if parameter.requires_grad)]
+    torch.testing.assert_close(*(with_gradients([result], given) for result in (mlp_of(mlp, rows), mlp(rows))))
 
 
 def a_mlp(activation: str = "quick_gelu") -> CLIPMLP:
@@ -137,7 +139,7 @@ def a_mlp(activation: str = "quick_gelu") -> CLIPMLP:
 def test_the_activation_keeps_one_tensor() -> None:
     """Mistake: a saved gate beside it, which costs a ViT-B/32 half a gigabyte at 64 pictures."""
     mlp, kept = a_mlp().requires_grad_(False), set()
-    hidden, rows = (torch.randn(7, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    rows = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
 
     def note(saved: Tensor) -> Tensor:
         if 7 in saved.shape:
@@ -145,26 +147,8 @@ def test_the_activation_keeps_one_tensor() -> None:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-        plus_mlp(hidden, mlp, rows)
+        mlp_of(mlp, rows)
     assert [shape for _, shape in kept] == [(7, 12)]
-
-
-def test_autocast_over_a_base_in_fp32() -> None:
-    """Mistake: a forward or backward pass of our own, which autocast does not see, that multiplies bf16 by fp32."""
-    layers, mlp, out = [LoRALinear(nn.Linear(8, 8), 2), nn.Linear(8, 8)], a_mlp().float(), nn.Linear(8, 8)
-    for module in (layers[1], mlp, out):
-        module.requires_grad_(False)
-    random_weights(layers[0])
-    rows = torch.randn(5, 8, requires_grad=True)
-    found = []
-    for enabled in (True, False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            query, key = projected(layers, rows)
-            result = plus_mlp(plus_projected(rows, out, query), mlp, key)
-        found.append(
-            torch.cat([g.flatten() for g in torch.autograd.grad(result.float().sum(), [rows, layers[0].lora_A])])
-        )
-    assert F.cosine_similarity(*found, dim=0) > 0.99
 
 
 class Attention:
@@ -197,7 +181,7 @@ def test_attention_by_hand_is_the_fused_kernel(kind: str) -> None:
     ("keys", "dtype", "kind", "fused"),
     [
         (8, torch.float32, Attention(), False),
-        (9, torch.float32, Attention(), True),
+        (9, torch.float32, Attention(), True),  # whatever the number of queries
         (9, torch.bfloat16, Attention(), False),
         (9, torch.float16, Attention(), False),
         (8, torch.float32, Attention(training=False), True),
@@ -212,8 +196,54 @@ def test_the_fused_kernel_is_left_where_its_backward_pass_is_slow(
     without the dropout; the fused kernel in half precision, where its backward pass takes several times as long."""
     calls, kernel = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
-    attend(kind, *heads(keys, keys, dtype))
-    assert bool(calls) == fused
+    for queries in (1, keys):
+        calls.clear()
+        attend(kind, *heads(queries, keys, dtype))
+        assert bool(calls) == fused
+
+
+def everything(rows: Tensor, layers: list[nn.Module], mlp: nn.Module) -> Tensor:
+    """All of them in a row, (20, 12) -> (20, 12), on four sequences of five tokens and three heads."""
+    by_head = [each.view(4, 5, 3, 4).transpose(1, 2) for each in projected(layers, rows)]
+    mixed = attend(Attention(), *by_head, causal=True).transpose(1, 2).reshape(20, 12)
+    return mlp_of(mlp, picked(mixed, torch.arange(20)))
+
+
+def a_layer(dtype: torch.dtype) -> tuple[Tensor, list[nn.Module], nn.Module]:
+    """Rows and what `everything` needs beside them, as in training: frozen weights in `dtype`, A and B in fp32."""
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=dict(hidden_size=12, intermediate_size=20, num_attention_heads=3))
+    mlp = CLIPMLP(config.text_config).to(dtype).requires_grad_(False)
+    layers: list[nn.Module] = [nn.Linear(12, 12, dtype=dtype).requires_grad_(False) for _ in range(3)]
+    layers[0], layers[2] = LoRALinear(layers[0], 2), LoRALinear(layers[2], 3)
+    for layer in layers[::2]:
+        nn.init.normal_(layer.lora_B)
+    return torch.randn(20, 12).to(dtype).requires_grad_(), layers, mlp
+
+
+@pytest.mark.parametrize("how", ["autocast", "half"])
+def test_bf16_is_near_to_fp32(how: str) -> None:
+    """Mistake: a forward or backward pass of our own, which autocast does not see, that multiplies bf16 by fp32; the
+    gradient of A or B in the format of the frozen weights."""
+    found = []
+    for low in (True, False):
+        rows, layers, mlp = a_layer(torch.bfloat16 if low and how == "half" else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low and how == "autocast"):
+            result = everything(rows, layers, mlp)
+        learned = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(result.float().sum(), learned)
+        assert {g.dtype for g in gradients} == {torch.float32}
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    assert F.cosine_similarity(*found, dim=0) > 0.99
+
+
+def test_a_pass_without_gradients_is_the_same_to_the_bit() -> None:
+    """Mistake: another kernel where no graph is kept: the gradient of a batch in chunks would be that of features that
+    the second pass does not make."""
+    given = a_layer(torch.float32)
+    with torch.no_grad():
+        first = everything(*given)
+    assert torch.equal(first, everything(*given))
 
 
 def test_picked_sends_each_gradient_back() -> None:

@@ -93,12 +93,15 @@ def test_half_precision_is_near_to_fp32(dtype: torch.dtype, near: float, trainin
 def test_padding_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistake: captions padded to the longest for all of a layer, where attention alone needs them side by side."""
     model, seen = a_clip(2, ("q_proj",)), []
-    for name in ("projected", "plus_projected", "plus_mlp"):
+    first = model.text_model.encoder.layers[0]
+    for module in (first.layer_norm1, first.self_attn.out_proj, first.layer_norm2):
+        module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    for name in ("projected", "mlp_of"):
         whole = getattr(towers, name)
-        monkeypatch.setattr(towers, name, lambda *a, whole=whole: seen.append(a[-1].shape) or whole(*a))
+        monkeypatch.setattr(towers, name, lambda *a, whole=whole: seen.append(a[1].shape) or whole(*a))
     text_tower(model.text_model, token_ids(), LENGTHS)
     every, kept = (int(LENGTHS.sum()), 24), (len(LENGTHS), 24)
-    assert seen == [every, every, every, every, kept, kept]
+    assert seen == [*5 * [every], every, kept]  # of the last layer, keys and values, and its MLP
 
 
 def test_attention_pads_captions_to_the_longest_of_like_length(monkeypatch: pytest.MonkeyPatch) -> None:

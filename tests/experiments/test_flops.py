@@ -24,3 +24,8 @@ def test_attention_on_a_cpu_is_counted() -> None:
     query = torch.randn(2, 3, 5, 8, requires_grad=True)
     counted = count_flops(lambda: F.scaled_dot_product_attention(query, query, query).sum().backward())
     assert counted == 2 * (2 + 5) * (2 * 3 * 5 * 5 * 8)
+
+
+def test_a_product_in_place_is_counted() -> None:
+    """Mistake: addmm_, which torch's counter does not know either, taken for no work."""
+    assert count_flops(lambda: torch.zeros(2, 3).addmm_(torch.ones(2, 5), torch.ones(5, 3))) == 2 * 2 * 5 * 3
