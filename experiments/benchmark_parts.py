@@ -29,6 +29,7 @@ from experiments.flops import count_flops, matrix_product_rate, published_flops,
 from lora import inject, merge, remove
 
 T = TypeVar("T")
+WARM_UP = 2  # turns: the first steps also pay for set-up and memory, the usual loops' second one as well on a CPU
 
 
 def fresh_process(action: Callable[..., T], *arguments: Any) -> T:
@@ -54,15 +55,15 @@ def training(
     epochs: dict[str, list[float]] = {name: [] for name in contenders}
     ceiling: list[float] = []
 
-    for turn in tqdm(range(repeats + 1), desc="steps", unit="turn"):
+    for turn in tqdm(range(WARM_UP + repeats), desc="steps", unit="turn"):
         for name, contender in contenders.items():
             batch = ready[name][turn % len(ready[name])]
             if contender is ours:
                 ours.pixels.announce(batch).result()  # in memory, as the others' are
             seconds = timed(device, lambda c, b, to: to.append(c.step(b)), contender, batch, losses[name])
-            if turn:  # the first step of each also pays for allocations and set-up
+            if turn >= WARM_UP:
                 steps[name].append(seconds)
-        if turn:
+        if turn >= WARM_UP:
             ceiling.append(matrix_product_rate(device, dtype))
     enough = device.type == "cpu" or len(ready["peft"]) >= (os.cpu_count() or 1)
     for _ in tqdm(range(repeats if enough else 0), desc="epochs from PNG", unit="turn"):
@@ -89,7 +90,7 @@ def training(
         ratios["end_to_end"] = _ratio(epochs["peft"], epochs["ours"])
     result["ours"] |= {"ratios to peft": ratios, "FLOP/s of a matrix product": max(ceiling)}
     for suffix, flops in counted.items():
-        rates = [flops[turn % len(flops)] / seconds for turn, seconds in enumerate(steps["ours"], start=1)]
+        rates = [flops[turn % len(flops)] / seconds for turn, seconds in enumerate(steps["ours"], start=WARM_UP)]
         # of each turn, as a machine that others share is not equally fast in all of them
         shares = [rate / best for rate, best in zip(rates, ceiling, strict=True)]
         result["ours"] |= {
