@@ -110,8 +110,8 @@ def attend(
 
     torch's fused kernel has a backward pass that plain products outrun on a CPU: in half precision several times over,
     in fp32 for sequences up to about twice the width of a head. Beyond that the L x L probabilities, which they keep,
-    take too much memory. In evaluation the fused kernel is the faster. Not where there is no gradient: the first pass
-    of a chunked step keeps no graph, and the second has to repeat it to the bit.
+    take too much memory. In evaluation the fused kernel is the faster. The mode decides and not whether a graph is kept:
+    the first pass of a chunked step keeps none, and the second has to repeat it to the bit.
     """
     dropout = attention.dropout if attention.training else 0.0
     short = key.shape[2] <= 2 * key.shape[3] or key.dtype.itemsize == 2
