@@ -110,7 +110,7 @@ def attend(
 
     torch's fused kernel has a backward pass that plain products outrun on a CPU: in half precision several times over,
     in fp32 for sequences up to about twice the width of a head. Beyond that the L x L probabilities, which they keep,
-    take too much memory. In evaluation the fused kernel is the faster. The mode decides and not whether a graph is kept:
+    take too much memory. In evaluation the fused kernel is the faster. The mode decides, not whether a graph is kept:
     the first pass of a chunked step keeps none, and the second has to repeat it to the bit.
     """
     dropout = attention.dropout if attention.training else 0.0
