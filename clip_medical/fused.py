@@ -152,25 +152,27 @@ def _scaled_bmm(scale: float, a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
-class _Picked(torch.autograd.Function):
-    """rows[places], each place once: so the gradient is a copy, where torch would add up, which is slower."""
+class _Repeated(torch.autograd.Function):
+    """rows[places], a row any number of times. Its gradients are added up in fp32, as torch does on a CPU, but not on a
+    GPU: those of the token that begins all captions of a large batch would be lost to each other."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.count = len(rows)
-        return rows[places]
+        ctx.shape = rows.shape
+        return rows.index_select(0, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, places, grad), None
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return grad.new_zeros(ctx.shape, dtype=wide).index_add_(0, places, grad.to(wide)).to(grad.dtype), None
 
 
-def picked(rows: Tensor, places: Tensor) -> Tensor:
-    """rows[places], (T, D) -> (t, D); no place twice."""
-    result: Tensor = _Picked.apply(rows, places)
+def repeated(rows: Tensor, places: Tensor) -> Tensor:
+    """rows[places], (T, D) -> (P, D)."""
+    result: Tensor = _Repeated.apply(rows, places)
     return result
 
 

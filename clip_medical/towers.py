@@ -1,12 +1,15 @@
-"""The two towers of CLIP, which compute no more than what is read of them: no padding, and one token in the last layer.
+"""The two towers of CLIP, which compute no more than what is read of them: no token twice, no padding, and in the last
+layer one token.
 
 A tower turns a sequence of L tokens into L vectors and keeps one: the class token's of a picture, the end token's of a
-caption. Two things follow.
+caption. Text is causal: what a token becomes depends on those before it alone. Three things follow.
 
-Captions differ in length, those of radiology fill less than half of their 77 tokens, and text is causal, so that what
-follows the end token changes nothing before it. All layers but attention work on each token by itself: they see the
-tokens of all captions as rows of one matrix, with nothing in between. Attention alone, a few per cent of the
-arithmetic, needs them side by side, padded to the longest: short ones and long ones by themselves where that pays.
+Captions that begin alike are alike until they part, so that each beginning is computed once: that of "chest CT showing"
+for all captions of a batch which begin so, and the start token for all. And what follows the end token changes nothing
+before it: the captions of radiology fill less than half of their 77 tokens, the rest is padding. All layers but
+attention work on each token by itself: they see every token that differs as one row of a matrix. Attention alone, a few
+per cent of the arithmetic, needs the captions whole, side by side, padded to the longest: short ones and long ones by
+themselves where that pays.
 
 The layers below the last need all L, as each token attends to the others. The last one needs the keys and values of
 all, but query (one D x D product), output projection (one) and the whole MLP (eight) of that one token alone.
@@ -23,42 +26,38 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPVisionModel
 
-from clip_medical.fused import attend, mlp_of, picked, projected
+from clip_medical.fused import attend, mlp_of, projected, repeated
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences that attention sees side by side: n of them, whose tokens are the rows of a matrix (t, D), one sequence
-    after the other."""
+    """Sequences that attention sees side by side, padded to the longest of them."""
 
     count: int  # n
     longest: int  # L
-    tokens: int  # t
-    places: Tensor | None = None  # (t,) of each row in the padded (n * L); None: all are equally long, t = n * L
     seen: Tensor | None = None  # (n, 1, 1, L) of causal text, false in the padding; None: images
-
-    def side_by_side(self, rows: Tensor, heads: int) -> Tensor:
-        """(t, D) -> (n, heads, L, D / heads), zero in the padding."""
-        if self.places is not None:
-            rows = rows.new_zeros(self.count * self.longest, rows.shape[1]).index_copy_(0, self.places, rows)
-        return rows.view(self.count, self.longest, heads, -1).transpose(1, 2)
-
-    def as_rows(self, by_head: Tensor) -> Tensor:
-        """(n, heads, L, D / heads) -> (t, D), the way back."""
-        rows = by_head.transpose(1, 2).reshape(self.count * self.longest, -1)
-        return rows if self.places is None else picked(rows, self.places)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """N sequences, whose tokens are the rows of a matrix (T, D), group after group."""
+    """N sequences, whose tokens are the rows of a matrix (T, D), those that are the same but once."""
 
     groups: list[Group]
     kept: Tensor  # (N,) the row of each sequence that is kept in the end
+    read: Tensor | None = None  # (P,) the row for each place of the groups, P = sum of n * L; None: the rows themselves
+    written: Tensor | None = None  # (T,) the place that computes each row
 
-    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """(T, D) -> (t, D) of each group."""
-        return (matrix,) if len(self.groups) == 1 else matrix.split([group.tokens for group in self.groups])
+    def side_by_side(self, rows: Tensor, heads: int) -> list[Tensor]:
+        """(T, D) -> (n, heads, L, D / heads) of each group; in the padding is what happens to be there."""
+        rows = rows if self.read is None else repeated(rows, self.read)
+        parts = rows.split([group.count * group.longest for group in self.groups])
+        tokens = zip(self.groups, parts, strict=True)
+        return [part.view(group.count, group.longest, heads, -1).transpose(1, 2) for group, part in tokens]
+
+    def as_rows(self, by_head: list[Tensor]) -> Tensor:
+        """(n, heads, L, D / heads) of each group -> (T, D), the way back."""
+        rows = _joined([each.transpose(1, 2).flatten(2).flatten(0, 1) for each in by_head])
+        return rows if self.written is None else rows.index_select(0, self.written)
 
 
 def image_tower(tower: CLIPVisionModel, pixels: Tensor, checkpointing: bool = False) -> Tensor:
@@ -72,7 +71,7 @@ def image_tower(tower: CLIPVisionModel, pixels: Tensor, checkpointing: bool = Fa
     hidden = tower.pre_layrnorm(hidden)  # transformers' spelling
     count, length = hidden.shape[:2]
     kept = torch.arange(count, device=hidden.device) * length
-    sequences = Sequences([Group(count, length, count * length)], kept)
+    sequences = Sequences([Group(count, length)], kept)
     pooled: Tensor = tower.post_layernorm(_encode(tower, hidden.flatten(0, 1), sequences, checkpointing))
     return pooled
 
@@ -94,17 +93,36 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing
     Best given on the CPU, where counting the tokens waits for no GPU; the result is where the tower is.
     """
     device = tower.embeddings.token_embedding.weight.device
-    order = lengths.argsort(stable=True)
-    ids, lengths = ids[order], lengths[order]
-    columns = torch.arange(int(lengths[-1]), device=ids.device)
-    held = columns < lengths[:, None]
-    tokens = _send(ids[:, : len(columns)][held], device)
-    positions = _send(columns.expand_as(held)[held], device)
-    groups = [_group(each, device) for each in held.split(_like_length(lengths, device))]
-    sequences = Sequences(groups, _send(lengths.cumsum(0) - 1, device))
+    columns = torch.arange(int(lengths.max()), device=ids.device)
+    # sorted, so that captions which begin alike are neighbours; each once
+    ids, place = ids[:, : len(columns)].where(columns < lengths[:, None], -1).unique(dim=0, return_inverse=True)
+    held = ids >= 0
+    first = held.clone()  # (N, L) tokens that end a beginning which no caption above has
+    first[1:] &= (ids[1:] == ids[:-1]).cumprod(dim=1) == 0
+    row = torch.where(first, first.flatten().cumsum(0).view_as(first) - 1, 0).cummax(dim=0).values
+    tokens, positions = _send(ids[first], device), _send(columns.expand_as(first)[first], device)
+
+    order = held.sum(dim=1).argsort(stable=True)
+    sequences = _sequences(held[order], first[order], row[order], device)
     hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(positions)
     pooled: Tensor = tower.final_layer_norm(_encode(tower, hidden, sequences, checkpointing))
-    return pooled[_send(order.argsort(), device)]
+    return repeated(pooled, _send(order.argsort()[place], device))
+
+
+def _sequences(held: Tensor, first: Tensor, row: Tensor, device: torch.device) -> Sequences:
+    """Captions sorted by length: where they have a token, which of those is computed, and its row; all (N, L)."""
+    lengths, columns = held.sum(dim=1), torch.arange(held.shape[1], device=held.device)
+    counts = _like_length(lengths, device)
+    widths = torch.cat([part[-1:].expand(len(part)) for part in lengths.split(counts)])
+    inside = columns < widths[:, None]  # the places of all groups: of each group n * L in a row
+    read, computed = row[inside], first[inside]
+    written = computed.nonzero().flatten()[read[computed].argsort()]
+    groups = [
+        Group(len(part), longest, _send(part[:, None, None, :longest], device))
+        for part, longest in zip(held.split(counts), lengths[torch.tensor(counts).cumsum(0) - 1].tolist(), strict=True)
+    ]
+    kept = row.gather(1, lengths[:, None] - 1).flatten()
+    return Sequences(groups, *(_send(each, device) for each in (kept, read, written)))
 
 
 def _like_length(lengths: Tensor, device: torch.device) -> list[int]:
@@ -116,13 +134,6 @@ def _like_length(lengths: Tensor, device: torch.device) -> list[int]:
     short = int(padded.argmin()) + 1
     pays = padded[short - 1] < padded[-1] * (2 / 3 if device.type == "cuda" else 1)
     return [short, len(lengths) - short] if pays else [len(lengths)]
-
-
-def _group(held: Tensor, device: torch.device) -> Group:
-    """Captions, the longest of which is the last; held (n, L): true where they have a token."""
-    held = held[:, held[-1]]  # (n, L) of these
-    places = held.flatten().nonzero().flatten()
-    return Group(len(held), held.shape[1], len(places), _send(places, device), _send(held[:, None, None], device))
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -145,26 +156,28 @@ def _encode(tower: Any, hidden: Tensor, sequences: Sequences, checkpointing: boo
 
 def _layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     """(T, D) -> (T, D), what a CLIPEncoderLayer makes of it."""
-    attention, mixed = layer.self_attn, []
+    attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    parts = (sequences.split(each) for each in projected(projections, layer.layer_norm1(hidden)))
-    for group, *rows in zip(sequences.groups, *parts, strict=True):
-        query, key, value = (group.side_by_side(each, attention.num_heads) for each in rows)
-        mixed.append(group.as_rows(attend(attention, query, key, value, causal=group.seen is not None)))
-    hidden = hidden + attention.out_proj(_joined(mixed))
+    normed = layer.layer_norm1(hidden)
+    parts = (sequences.side_by_side(each, attention.num_heads) for each in projected(projections, normed))
+    mixed = [
+        attend(attention, query, key, value, causal=group.seen is not None)
+        for group, query, key, value in zip(sequences.groups, *parts, strict=True)
+    ]
+    hidden = hidden + attention.out_proj(sequences.as_rows(mixed))
     return hidden + mlp_of(layer.mlp, layer.layer_norm2(hidden))
 
 
 def _last_layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     """(T, D) -> (N, D), of what `_layer` would make of it the rows that are kept."""
-    attention, normed, mixed = layer.self_attn, layer.layer_norm1(hidden), []
-    queries = attention.q_proj(normed[sequences.kept])[:, None].unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-    parts = (sequences.split(each) for each in projected((attention.k_proj, attention.v_proj), normed))
-    counts = [group.count for group in sequences.groups]
-    for group, query, *rows in zip(sequences.groups, queries.split(counts), *parts, strict=True):
-        key, value = (group.side_by_side(each, attention.num_heads) for each in rows)
-        mixed.append(attend(attention, query, key, value, seen=group.seen).flatten(1))
-    kept = hidden[sequences.kept] + attention.out_proj(_joined(mixed))
+    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+    query = attention.q_proj(normed.index_select(0, sequences.kept))
+    queries = query.view(len(query), 1, attention.num_heads, -1).transpose(1, 2)
+    projections = (attention.k_proj, attention.v_proj)
+    parts = (sequences.side_by_side(each, attention.num_heads) for each in projected(projections, normed))
+    by_group = zip(sequences.groups, queries.split([group.count for group in sequences.groups]), *parts, strict=True)
+    mixed = [attend(attention, q, k, v, seen=group.seen).flatten(1) for group, q, k, v in by_group]
+    kept = hidden.index_select(0, sequences.kept) + attention.out_proj(_joined(mixed))
     return kept + mlp_of(layer.mlp, layer.layer_norm2(kept))
 
 

@@ -46,10 +46,12 @@ def roco_lengths(count: int, seed: int = 0) -> list[int]:
 def make_rows(folder: Path, count: int, tokenizer: CLIPTokenizer) -> list[Row]:
     """PNG files of ROCO's sizes, phantoms with a little noise, and captions of ROCO's lengths.
 
-    Of the pictures DRAWN are drawn, the others are further names of theirs: to a decoder all are the same work.
+    Captions are words in any order, which begin alike as rarely as ROCO's: of 64 of them ours need not compute 4.5 % of
+    the tokens twice, of 64 of ROCO's test split 4 %. Of the pictures DRAWN are drawn, the others are further names of
+    theirs: to a decoder all are the same work.
     """
     rows, random = [], np.random.default_rng(0)
-    sentences = [phantom(0, "benchmark words", i).caption for i in range(DRAWN)]
+    words = sorted({word for i in range(DRAWN) for word in phantom(0, "benchmark words", i).caption.split()})
     for i, length in enumerate(roco_lengths(count)):
         file = folder / f"{i}.png"
         if i < DRAWN:
@@ -59,7 +61,7 @@ def make_rows(folder: Path, count: int, tokenizer: CLIPTokenizer) -> list[Row]:
             Image.fromarray(noisy).save(file)
         else:
             os.link(folder / f"{i % DRAWN}.png", file)
-        ids = tokenizer(" ".join(random.choice(sentences, 8)), truncation=True, max_length=length)["input_ids"]
+        ids = tokenizer(" ".join(random.choice(words, 77)), truncation=True, max_length=length)["input_ids"]
         rows.append((file, str(tokenizer.decode(ids, skip_special_tokens=True))))
     return rows
 

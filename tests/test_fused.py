@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from clip_medical.fused import attend, mlp_of, picked, projected
+from clip_medical.fused import attend, mlp_of, projected, repeated
 from lora import LoRALinear, inject
 
 
@@ -206,7 +206,7 @@ def everything(rows: Tensor, layers: list[nn.Module], mlp: nn.Module) -> Tensor:
     """All of them in a row, (20, 12) -> (20, 12), on four sequences of five tokens and three heads."""
     by_head = [each.view(4, 5, 3, 4).transpose(1, 2) for each in projected(layers, rows)]
     mixed = attend(Attention(), *by_head, causal=True).transpose(1, 2).reshape(20, 12)
-    return mlp_of(mlp, picked(mixed, torch.arange(20)))
+    return mlp_of(mlp, repeated(mixed, torch.arange(20)))
 
 
 def a_layer(dtype: torch.dtype) -> tuple[Tensor, list[nn.Module], nn.Module]:
@@ -246,7 +246,7 @@ def test_a_pass_without_gradients_is_the_same_to_the_bit() -> None:
     assert torch.equal(first, everything(*given))
 
 
-def test_picked_sends_each_gradient_back() -> None:
-    """Mistake: the gradient of a token sent to another, or left where nothing was picked."""
-    rows, places = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.tensor([4, 0, 5])
-    torch.testing.assert_close(*(with_gradients([each], [rows]) for each in (picked(rows, places), rows[places])))
+def test_repeated_adds_up_the_gradients_of_each_row() -> None:
+    """Mistake: the gradient of a token sent to another, or that of one of several places alone."""
+    rows, places = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.tensor([4, 0, 5, 0, 0])
+    torch.testing.assert_close(*(with_gradients([each], [rows]) for each in (repeated(rows, places), rows[places])))

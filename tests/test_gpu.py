@@ -67,3 +67,16 @@ def test_a_run_comes_to_its_end_and_learns(precision: str, tmp_path: Path, on_gp
     told = on_gpu("train.py", "--precision", precision, "--steps", "60", "--output", str(folder))
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert "on cuda" in told and sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_the_gradients_of_a_token_that_many_captions_share_are_added_up_in_fp32(on_gpu: OnGPU) -> None:
+    """Mistake: a sum in half precision, which in bf16 stays at 256 however many ones are added to it."""
+    code = """
+import torch
+from clip_medical.fused import repeated
+
+row = torch.ones(1, 2, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+repeated(row, torch.zeros(1000, dtype=torch.long, device="cuda")).sum().backward()
+print(row.grad[0, 0].item())
+"""
+    assert float(on_gpu("-c", code)) == 1000

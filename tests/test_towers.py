@@ -11,7 +11,7 @@ from clip_medical import load_clip, towers
 from clip_medical.towers import image_tower, text_tower
 from lora import adapter_parameters, inject
 
-LENGTHS = torch.tensor([7, 3, 9, 2, 5, 8])  # with start and end token; the rest of nine is padding
+LENGTHS = torch.tensor([7, 3, 9, 2, 5, 8, 5, 7])  # with start and end token; the rest of nine is padding
 END = 11
 
 
@@ -28,7 +28,15 @@ def a_clip(layers: int, targets: tuple[str, ...]) -> CLIPModel:
 
 
 def token_ids() -> Tensor:
-    ids = torch.randint(0, END, (len(LENGTHS), 9), generator=torch.Generator().manual_seed(0))
+    """Captions of LENGTHS: the first four begin alike, two tokens of the third are in their place in others that do
+    not, the seventh is the fifth, and the last is the sixth to one word before its end."""
+    ids = torch.randint(1, END, (len(LENGTHS), 9), generator=torch.Generator().manual_seed(0))
+    ids[:4, 0] = 0
+    ids[:2, 1] = ids[2, 1]
+    ids[0, 2:4] = ids[2, 2:4]
+    ids[4:6, 2:4] = ids[2, 2:4]
+    ids[6] = ids[4]
+    ids[7, :5] = ids[5, :5]
     return torch.where(torch.arange(9) < LENGTHS[:, None] - 1, ids, END)
 
 
@@ -48,8 +56,8 @@ def test_both_towers_equal_those_of_transformers(
     layers: int, targets: tuple[str, ...], checkpointing: bool, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mistake: another token's query or residual, keys of the read token alone, text that sees behind its end or into
-    the caption before, a position counted from there, a patch cut across, a norm or an adapter passed over; captions
-    of one group, as on a GPU, or of two, given back in another order."""
+    the caption before, a position counted from there, captions that meet again taken for one, a patch cut across, a
+    norm or an adapter passed over; captions of one group, as on a GPU, or of two, given back in another order."""
     model, ids = a_clip(layers, targets), token_ids()
     if together:
         monkeypatch.setattr(towers, "_like_length", lambda lengths, device: [len(lengths)])
@@ -90,17 +98,21 @@ def test_half_precision_is_near_to_fp32(dtype: torch.dtype, near: float, trainin
     torch.testing.assert_close(found, expected, atol=near, rtol=0)
 
 
-def test_padding_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistake: captions padded to the longest for all of a layer, where attention alone needs them side by side."""
-    model, seen = a_clip(2, ("q_proj",)), []
+def test_no_token_is_computed_twice_and_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistake: captions padded to the longest for all of a layer, where attention alone needs them side by side; or
+    what they begin with, the same in several, computed for each of them."""
+    model, ids, seen = a_clip(2, ("q_proj",)), token_ids(), []
     first = model.text_model.encoder.layers[0]
     for module in (first.layer_norm1, first.self_attn.out_proj, first.layer_norm2):
         module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     for name in ("projected", "mlp_of"):
         whole = getattr(towers, name)
         monkeypatch.setattr(towers, name, lambda *a, whole=whole: seen.append(a[1].shape) or whole(*a))
-    text_tower(model.text_model, token_ids(), LENGTHS)
-    every, kept = (int(LENGTHS.sum()), 24), (len(LENGTHS), 24)
+    text_tower(model.text_model, ids, LENGTHS)
+    captions = [tuple(each[:n]) for each, n in zip(ids.tolist(), LENGTHS.tolist(), strict=True)]
+    beginnings = {caption[: n + 1] for caption in captions for n in range(len(caption))}
+    assert len(beginnings) == 46 - 3 - 2 - 2 - 5 - 5 and len(set(captions)) == 7  # as token_ids says
+    every, kept = (len(beginnings), 24), (7, 24)
     assert seen == [*5 * [every], every, kept]  # of the last layer, keys and values, and its MLP
 
 
@@ -109,7 +121,7 @@ def test_attention_pads_captions_to_the_longest_of_like_length(monkeypatch: pyte
     model, seen, attend = a_clip(2, ("q_proj",)), [], towers.attend
     monkeypatch.setattr(towers, "attend", lambda *a, **k: seen.append(tuple(a[2].shape[::2])) or attend(*a, **k))
     text_tower(model.text_model, token_ids(), LENGTHS)
-    assert seen == 2 * [(2, 3), (4, 9)]  # keys of lengths 2 and 3, and of 5 to 9, in both layers
+    assert seen == 2 * [(2, 3), (5, 9)]  # keys of lengths 2 and 3, and of 5 to 9, in both layers
 
 
 def test_captions_of_like_length_are_those_with_the_least_padding() -> None:
@@ -131,4 +143,4 @@ def test_the_last_layer_computes_one_token_of_each_sequence() -> None:
         tower.encoder.layers[-1].layer_norm2.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     image_tower(model.vision_model, torch.zeros(4, 3, 64, 64, dtype=torch.float64))
     text_tower(model.text_model, token_ids(), LENGTHS)
-    assert seen == [(4, 24), (6, 24)]
+    assert seen == [(4, 24), (7, 24)]  # one caption is there twice
