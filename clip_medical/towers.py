@@ -1,4 +1,4 @@
-"""The two towers of CLIP, which compute no more than what is read of them: no token twice, no padding, and in the last
+"""The two towers of CLIP, which compute no more than what is read: no common beginning twice, no padding, and in the last
 layer one token.
 
 A tower turns a sequence of L tokens into L vectors and keeps one: the class token's of a picture, the end token's of a
@@ -7,14 +7,15 @@ caption. Text is causal: what a token becomes depends on those before it alone. 
 Captions that begin alike are alike until they part, so that each beginning is computed once: that of "chest CT showing"
 for all captions of a batch which begin so, and the start token for all. And what follows the end token changes nothing
 before it: the captions of radiology fill less than half of their 77 tokens, the rest is padding. All layers but
-attention work on each token by itself: they see every token that differs as one row of a matrix. Attention alone, a few
-per cent of the arithmetic, needs the captions whole, side by side, padded to the longest: short ones and long ones by
-themselves where that pays.
+attention work on each token by itself: they see a matrix with one row for each token that is not, with all before it,
+in another caption too. Attention alone, a few per cent of the arithmetic, needs the captions whole, side by side,
+padded to the longest: short ones and long ones by themselves where that pays.
 
 The layers below the last need all L, as each token attends to the others. The last one needs the keys and values of
 all, but query (one D x D product), output projection (one) and the whole MLP (eight) of that one token alone.
 
-Values and gradients are those of transformers' towers to rounding. What a layer is made of is in fused.py.
+Values and gradients are those of transformers' towers to rounding. Under LoRA's dropout, captions that share a token
+share its mask. What a layer is made of is in fused.py.
 """
 
 from dataclasses import dataclass
@@ -40,15 +41,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Sequences:
-    """N sequences, whose tokens are the rows of a matrix (T, D), those that are the same but once."""
+    """N sequences, whose tokens are the rows of a matrix (T, D): tokens with the same beginning share one."""
 
     groups: list[Group]
     kept: Tensor  # (N,) the row of each sequence that is kept in the end
-    read: Tensor | None = None  # (P,) the row for each place of the groups, P = sum of n * L; None: the rows themselves
-    written: Tensor | None = None  # (T,) the place that computes each row
+    read: Tensor | None = None  # (P,) the row that each place of the groups reads, P = sum of n * L; None: its own
+    written: Tensor | None = None  # (T,) the place whose result becomes each row
 
     def side_by_side(self, rows: Tensor, heads: int) -> list[Tensor]:
-        """(T, D) -> (n, heads, L, D / heads) of each group; in the padding is what happens to be there."""
+        """(T, D) -> (n, heads, L, D / heads) of each group; the padding holds what no token of its caption sees."""
         rows = rows if self.read is None else repeated(rows, self.read)
         parts = rows.split([group.count * group.longest for group in self.groups])
         tokens = zip(self.groups, parts, strict=True)
@@ -94,11 +95,12 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing
     """
     device = tower.embeddings.token_embedding.weight.device
     columns = torch.arange(int(lengths.max()), device=ids.device)
-    # sorted, so that captions which begin alike are neighbours; each once
+    # each caption once, -1 in its padding; sorted, so that those which begin alike are neighbours
     ids, place = ids[:, : len(columns)].where(columns < lengths[:, None], -1).unique(dim=0, return_inverse=True)
     held = ids >= 0
-    first = held.clone()  # (N, L) tokens that end a beginning which no caption above has
+    first = held.clone()  # (N, L) where no caption above has the same tokens up to this one: here it is computed
     first[1:] &= (ids[1:] == ids[:-1]).cumprod(dim=1) == 0
+    # of each token: its own, or that of the next caption above which has one here, as what lies between is the same
     row = torch.where(first, first.flatten().cumsum(0).view_as(first) - 1, 0).cummax(dim=0).values
     tokens, positions = _send(ids[first], device), _send(columns.expand_as(first)[first], device)
 
@@ -110,19 +112,19 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing
 
 
 def _sequences(held: Tensor, first: Tensor, row: Tensor, device: torch.device) -> Sequences:
-    """Captions sorted by length: where they have a token, which of those is computed, and its row; all (N, L)."""
-    lengths, columns = held.sum(dim=1), torch.arange(held.shape[1], device=held.device)
+    """Captions sorted by length: where they have a token, where it is computed, and its row; all (N, L)."""
+    lengths = held.sum(dim=1)
     counts = _like_length(lengths, device)
-    widths = torch.cat([part[-1:].expand(len(part)) for part in lengths.split(counts)])
-    inside = columns < widths[:, None]  # the places of all groups: of each group n * L in a row
-    read, computed = row[inside], first[inside]
-    written = computed.nonzero().flatten()[read[computed].argsort()]
-    groups = [
-        Group(len(part), longest, _send(part[:, None, None, :longest], device))
-        for part, longest in zip(held.split(counts), lengths[torch.tensor(counts).cumsum(0) - 1].tolist(), strict=True)
-    ]
+    groups, read, computed = [], [], []
+    for has, computes, rows in zip(*(each.split(counts) for each in (held, first, row)), strict=True):
+        longest = int(has[-1].sum())
+        groups.append(Group(len(has), longest, _send(has[:, None, None, :longest], device)))
+        read.append(rows[:, :longest].flatten())
+        computed.append(computes[:, :longest].flatten())
+    places = torch.cat(computed).nonzero().flatten()
+    written = places[torch.cat(read)[places].argsort()]
     kept = row.gather(1, lengths[:, None] - 1).flatten()
-    return Sequences(groups, *(_send(each, device) for each in (kept, read, written)))
+    return Sequences(groups, *(_send(each, device) for each in (kept, torch.cat(read), written)))
 
 
 def _like_length(lengths: Tensor, device: torch.device) -> list[int]:
@@ -137,9 +139,10 @@ def _like_length(lengths: Tensor, device: torch.device) -> list[int]:
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device. A copy from pinned memory does not wait for what the GPU still has to do, any other does."""
+    """To the device. A contiguous copy from pinned memory does not wait for what the GPU still has to do, any other
+    does."""
     waits = device.type == "cuda" and tensor.device.type == "cpu"
-    return tensor.pin_memory().to(device, non_blocking=True) if waits else tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True) if waits else tensor.to(device)
 
 
 def _encode(tower: Any, hidden: Tensor, sequences: Sequences, checkpointing: bool) -> Tensor:

@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from clip_medical.data.batches import Pairs
 from clip_medical.data.cache import ROOT_VARIABLE
 from clip_medical.model import load_clip
 from clip_medical.training.contrastive import contrastive_backward
 from clip_medical.training.memory import memory_in_use, peak_memory
 from clip_medical.training.precision import choose_device, choose_precision
-from experiments.contenders import CONTENDERS, Ours, Peft, Row
+from experiments.contenders import CONTENDERS, Ours, Peft, Row, made_pairs
 from experiments.flops import count_flops, matrix_product_rate, published_flops, timed
 from lora import inject, merge, remove
 
@@ -135,17 +134,13 @@ def chunks(device: torch.device, dtype: torch.dtype, chunk: int = 128) -> dict[s
     inject(clip.model)
     clip.model.train()
     sizes = (256, 1024, 8192)
-    tokens, lengths = clip.tokens(["axial CT of the chest with a small cyst", "frontal X-ray of the hand"])
-    number = torch.arange(max(sizes))
-    side = clip.image_size
-    pixels = torch.randint(0, 256, (max(sizes), 3, side, side), dtype=torch.uint8)
-    pairs = Pairs(pixels, tokens[number % 2], lengths[number % 2], number, number)
+    pairs, number = made_pairs(clip, max(sizes), seed=0), torch.arange(max(sizes))
     spent: dict[int, list[float]] = {size: [] for size in sizes}
     contrastive_backward(clip, pairs, number[: 2 * chunk], chunk)  # what the first step pays for is no batch's own
     for _ in tqdm(range(2), desc="chunked batches", unit="turn"):
         for size in sizes:  # in turns, so that what else the machine does falls on all of them
-            steps = range(max(1, 2048 // size))
-            spent[size] += [timed(device, contrastive_backward, clip, pairs, number[:size], chunk) for _ in steps]
+            steps = number[: max(2048, size)].split(size)
+            spent[size] += [timed(device, contrastive_backward, clip, pairs, rows, chunk) for rows in steps]
     return {f"ms per pair, batch {size}": 1000 * statistics.median(each) / size for size, each in spent.items()}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from clip_medical.data.batches import prepare
+from clip_medical.data.batches import Pairs, prepare
 from clip_medical.data.phantoms import phantom
 from clip_medical.data.splits import Split
 from clip_medical.model import Clip, load_clip, place
@@ -46,9 +46,9 @@ def roco_lengths(count: int, seed: int = 0) -> list[int]:
 def make_rows(folder: Path, count: int, tokenizer: CLIPTokenizer) -> list[Row]:
     """PNG files of ROCO's sizes, phantoms with a little noise, and captions of ROCO's lengths.
 
-    Captions are words in any order, which begin alike as rarely as ROCO's: of 64 of them ours need not compute 4.5 % of
-    the tokens twice, of 64 of ROCO's test split 4 %. Of the pictures DRAWN are drawn, the others are further names of
-    theirs: to a decoder all are the same work.
+    Captions are words in any order, which begin alike as rarely as ROCO's: 64 of them share 4.5 % of their tokens, 64
+    of ROCO's test split 4 %. Of the pictures DRAWN are drawn, the others are further names of theirs: to a decoder all
+    are the same work.
     """
     rows, random = [], np.random.default_rng(0)
     words = sorted({word for i in range(DRAWN) for word in phantom(0, "benchmark words", i).caption.split()})
@@ -64,6 +64,17 @@ def make_rows(folder: Path, count: int, tokenizer: CLIPTokenizer) -> list[Row]:
         ids = tokenizer(" ".join(random.choice(words, 77)), truncation=True, max_length=length)["input_ids"]
         rows.append((file, str(tokenizer.decode(ids, skip_special_tokens=True))))
     return rows
+
+
+def made_pairs(clip: Clip, count: int, seed: int) -> Pairs:
+    """Random captions of ROCO's lengths. One picture stands for all, and is copied for those that are asked for."""
+    draw, number = torch.Generator().manual_seed(seed), torch.arange(count)
+    config: Any = clip.model.config.text_config
+    lengths = torch.tensor(roco_lengths(count, seed)).clamp(max=clip.context_length)
+    tokens = torch.randint(0, config.eos_token_id, (count, clip.context_length), generator=draw)
+    tokens[number, lengths - 1] = config.eos_token_id
+    picture = torch.randint(0, 256, (1, 3, clip.image_size, clip.image_size), dtype=torch.uint8, generator=draw)
+    return Pairs(picture.expand(count, -1, -1, -1), tokens, lengths, number, number)
 
 
 def vit_b_32(tokenizer: CLIPTokenizer) -> CLIPModel:

@@ -25,7 +25,6 @@ from transformers import CLIPImageProcessor
 
 from clip_medical import command_line
 from clip_medical.config import Config
-from clip_medical.data.batches import Pairs
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_text, environment
 from clip_medical.model import Clip, load_clip, place
@@ -36,7 +35,7 @@ from clip_medical.training.memory import GIB, keep_freed_memory, make_plan, memo
 from clip_medical.training.precision import choose_device
 from experiments import figures
 from experiments.benchmark_parts import fresh_process
-from experiments.contenders import roco_lengths, vit_b_32
+from experiments.contenders import made_pairs, vit_b_32
 from lora import adapter_parameters, inject
 
 CHUNK, BATCHES, PLAIN = 128, (256, 512, 1024, 2048, 4096), (128, 256, 512)
@@ -57,17 +56,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}: give a whole number of 0 or more.")
-
-
-def made_pairs(clip: Clip, count: int, seed: int) -> Pairs:
-    """Random captions of ROCO's lengths. One picture stands for all, and is copied for those that are asked for."""
-    draw, number = torch.Generator().manual_seed(seed), torch.arange(count)
-    config: Any = clip.model.config.text_config
-    lengths = torch.tensor(roco_lengths(count, seed)).clamp(max=clip.context_length)
-    tokens = torch.randint(0, config.eos_token_id, (count, clip.context_length), generator=draw)
-    tokens[number, lengths - 1] = config.eos_token_id
-    picture = torch.randint(0, 256, (1, 3, clip.image_size, clip.image_size), dtype=torch.uint8, generator=draw)
-    return Pairs(picture.expand(count, -1, -1, -1), tokens, lengths, number, number)
 
 
 def step_peak(batch: int, chunk: int, seed: int) -> int:

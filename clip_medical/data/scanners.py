@@ -88,7 +88,7 @@ def _grid(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def _in_plane(parts: Sequence[Ellipsoid], view: str, right: np.ndarray, down: np.ndarray) -> np.ndarray:
     """Squared distance (parts, H, W) from the centre of each in half axes, seen along the third axis: under 1 inside.
 
-    All parts at once and in place: between short operations, threads wait for each other's turn at the interpreter.
+    All parts at once and in place: between many short operations, threads queue for the interpreter's lock.
     """
     shown = list(PLANES[view][:2])
     x, y = np.array([part.centre for part in parts], np.float32).T[shown][..., None, None]
