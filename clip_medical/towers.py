@@ -1,5 +1,5 @@
-"""The two towers of CLIP, which compute no more than what is read: no common beginning twice, no padding, and in the last
-layer one token.
+"""The two towers of CLIP, which compute no more than what is read: no common beginning twice, no padding, and in the
+last layer one token.
 
 A tower turns a sequence of L tokens into L vectors and keeps one: the class token's of a picture, the end token's of a
 caption. Text is causal: what a token becomes depends on those before it alone. Three things follow.
