@@ -3,9 +3,9 @@
 The exact contrastive step of the tiny CLIP in chunks of 128 pairs, beside the plain step that encodes all at once; each
 batch in a fresh process. The peak is what is taken beyond what was there before the steps: on a CPU by the process
 (VmHWM against the resident memory), on a GPU by torch (max_memory_allocated). The pixels of a whole batch are not
-in it, neither here nor in training: they lie in the image cache on disk, and a chunk of them is read at a time. Each
-batch takes as many steps as make 4,096 pairs, so that equally many chunks pass through the heap: on a CPU it is given
-back in pieces, and the second step of any batch takes a few per cent more than the first.
+in it, neither here nor in training: they lie in the image cache on disk, and a chunk of them is read at a time. The
+same 4,096 pairs pass through in batches of each size: on a CPU the heap is given back in pieces, and a chunk whose
+captions have other lengths can take a few per cent more than those before.
 
 On a GPU also what a T4 would hold, the allocator capped at its 14.7 GiB: ViT-B/32 in fp16, the largest batch in one
 chunk without checkpointing and with it, 8,192 pairs with cached gradients; the flight check's forecast beside the peak.
@@ -64,10 +64,10 @@ def step_peak(batch: int, chunk: int, seed: int) -> int:
     keep_freed_memory(clip.device)  # as train.py does
     inject(clip.model)
     clip.model.train()
-    pairs = made_pairs(clip, batch, seed)
+    pairs = made_pairs(clip, PAIRS, seed)
     before = memory_in_use(clip.device)
-    for _ in range(max(1, PAIRS // batch)):
-        contrastive_backward(clip, pairs, torch.arange(batch), chunk)
+    for rows in torch.arange(PAIRS).split(batch):
+        contrastive_backward(clip, pairs, rows, chunk)
         clip.model.zero_grad(set_to_none=True)
     return peak_memory(clip.device) - before
 
