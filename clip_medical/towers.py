@@ -51,7 +51,8 @@ class Sequences:
     def side_by_side(self, rows: Tensor, heads: int) -> list[Tensor]:
         """(T, D) -> (n, heads, L, D / heads) of each group; the padding holds what no token of its caption sees."""
         rows = rows if self.read is None else repeated(rows, self.read)
-        parts = rows.split([group.count * group.longest for group in self.groups])
+        places = [group.count * group.longest for group in self.groups]
+        parts = rows.split(places) if len(places) > 1 else [rows]  # a split copies the gradient, even of one part
         tokens = zip(self.groups, parts, strict=True)
         return [part.view(group.count, group.longest, heads, -1).transpose(1, 2) for group, part in tokens]
 

@@ -61,6 +61,7 @@ MUTANTS = [
     Mutant("slope of the activation left out beside an adapter", FUSED, "F.silu(SLOPE * mlp.fc1(rows)) / SLOPE", "F.silu(SLOPE * mlp.fc1(rows))", "tests/test_fused.py"),
     Mutant("another activation taken for CLIP's own", FUSED, 'if mlp.config.hidden_act != "quick_gelu":', 'if False:', "tests/test_fused.py"),
     Mutant("gradient of a token sent to another", FUSED, "index_add_(0, places, grad", "index_add_(0, places.flip(0), grad", "tests/test_fused.py"),
+    Mutant("gradients of pictures copied", "clip_medical/towers.py", "rows.split(places) if len(places) > 1 else [rows]", "rows.split(places)", "tests/test_towers.py"),
     Mutant("captions that meet again taken for one", "clip_medical/towers.py", "(ids[1:] == ids[:-1]).cumprod(dim=1) == 0", "ids[1:] != ids[:-1]", "tests/test_towers.py"),
     Mutant("beginnings computed for each caption", "clip_medical/towers.py", "    first[1:] &= (ids[1:] == ids[:-1]).cumprod(dim=1) == 0\n", "", "tests/test_towers.py"),
     Mutant("beginning read from the first caption of all", "clip_medical/towers.py", "0).cummax(dim=0).values", "0)", "tests/test_towers.py"),

@@ -116,6 +116,15 @@ def test_no_token_is_computed_twice_and_no_padding(monkeypatch: pytest.MonkeyPat
     assert seen == [*5 * [every], every, kept]  # of the last layer, keys and values, and its MLP
 
 
+def test_pictures_reach_attention_without_a_copy() -> None:
+    """Mistake: a split into one part, whose backward pass copies the gradients of query, key and value."""
+    rows, by_token = torch.randn(6, 4, requires_grad=True), torch.randn(2, 3, 2, 2)
+    (by_head,) = towers.Sequences([towers.Group(2, 3)], torch.tensor([0, 3])).side_by_side(rows, heads=2)
+    assert by_head.data_ptr() == rows.data_ptr()
+    (gradient,) = torch.autograd.grad(by_head, rows, by_token.transpose(1, 2))
+    assert gradient.data_ptr() == by_token.data_ptr()
+
+
 def test_attention_pads_captions_to_the_longest_of_like_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistake: all padded to the longest of all, which at ROCO's lengths is more than half of attention's work."""
     model, seen, attend = a_clip(2, ("q_proj",)), [], towers.attend
