@@ -153,8 +153,8 @@ def _scaled_bmm(scale: float, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Repeated(torch.autograd.Function):
-    """rows.index_select(0, places), a row any number of times. Its gradients are added up in fp32, which torch itself
-    does on a CPU alone: in bf16 a sum of ones stays at 256, and all captions of a batch read the start token."""
+    """rows.index_select(0, places), a row any number of times. Its gradients are added up in fp32 on every device: in
+    bf16 a sum of ones stays at 256, and all captions of a batch read the start token."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:

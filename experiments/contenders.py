@@ -46,9 +46,9 @@ def roco_lengths(count: int, seed: int = 0) -> list[int]:
 def make_rows(folder: Path, count: int, tokenizer: CLIPTokenizer) -> list[Row]:
     """PNG files of ROCO's sizes, phantoms with a little noise, and captions of ROCO's lengths.
 
-    Captions are words in any order, which begin alike as rarely as ROCO's: 64 of them share 4.5 % of their tokens, 64
-    of ROCO's test split 4 %. Of the pictures DRAWN are drawn, the others are further names of theirs: to a decoder all
-    are the same work.
+    Captions are words in any order: real ones often begin alike, which would spare this project work, and these share
+    little but the start token. Of the pictures DRAWN are drawn, the others are further names of theirs: to a decoder
+    all are the same work.
     """
     rows, random = [], np.random.default_rng(0)
     words = sorted({word for i in range(DRAWN) for word in phantom(0, "benchmark words", i).caption.split()})

@@ -1,4 +1,4 @@
-"""What a step over ever larger batches takes in memory: `python -m experiments.memory_curve`, about 6 minutes.
+"""What a step over ever larger batches takes in memory: `python -m experiments.memory_curve`, about 4 minutes.
 
 The exact contrastive step of the tiny CLIP in chunks of 128 pairs, beside the plain step that encodes all at once; each
 batch in a fresh process. The peak is what is taken beyond what was there before the steps: on a CPU by the process
