@@ -8,11 +8,17 @@ import gc
 
 gc.disable()  # while importing: 700,000 objects that all stay, through which it would search again and again
 
+import sys
+
+from clip_medical.data import ahead
+
+if __name__ == "__main__":
+    ahead.start(sys.argv[1:])  # the demo's phantoms are drawn while torch is imported
+
 import json
 import math
 import os
 import shlex
-import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
