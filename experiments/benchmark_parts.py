@@ -146,16 +146,12 @@ def chunks(device: torch.device, dtype: torch.dtype, chunk: int = 128) -> dict[s
 
 def start() -> dict[str, float]:
     """Seconds from the start of a process: imports, and the demo to the end of its first training step."""
-
-    def seconds(code: str) -> float:
-        spent = []
-        for _ in range(5):
+    imports: dict[str, list[float]] = {"import torch": [], "import lora": []}
+    for _ in range(7):  # in turns, as what else the machine does is more than the difference
+        for code, spent in imports.items():
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], check=True)
             spent.append(time.perf_counter() - began)
-        return statistics.median(spent)
-
-    torch_alone, lora = seconds("import torch"), seconds("import lora")
 
     def first_step(folder: str, name: str) -> float:
         metrics = Path(folder, name, "metrics.jsonl")
@@ -173,8 +169,7 @@ def start() -> dict[str, float]:
 
     with TemporaryDirectory() as folder:
         return {
-            "import torch": torch_alone,
-            "import lora": lora,
+            **{code: statistics.median(spent) for code, spent in imports.items()},
             "demo to the first step, its pictures still to be drawn": first_step(folder, "first"),
             "demo to the first step, its pictures in the cache": first_step(folder, "second"),
         }
