@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -145,34 +146,35 @@ def chunks(device: torch.device, dtype: torch.dtype, chunk: int = 128) -> dict[s
 
 
 def start() -> dict[str, float]:
-    """Seconds from the start of a process: imports, and the demo to the end of its first training step."""
-    imports: dict[str, list[float]] = {"import torch": [], "import lora": []}
-    for _ in range(7):  # in turns, as what else the machine does is more than the difference
-        for code, spent in imports.items():
+    """Seconds from the start of a process: imports, and the demo to the end of its first training step. Medians of
+    starts taken in turns, as what else the machine does is more than some of the differences."""
+    spent: dict[str, list[float]] = defaultdict(list)
+    for _ in range(7):
+        for code in ("import torch", "import lora"):
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], check=True)
-            spent.append(time.perf_counter() - began)
+            spent[code].append(time.perf_counter() - began)
+    for _ in range(3):
+        with TemporaryDirectory() as folder:
+            for pictures in ("still to be drawn", "in the cache"):
+                spent[f"demo to the first step, its pictures {pictures}"].append(first_step(Path(folder), pictures))
+    return {name: statistics.median(each) for name, each in spent.items()}
 
-    def first_step(folder: str, name: str) -> float:
-        metrics = Path(folder, name, "metrics.jsonl")
-        began = time.perf_counter()
-        command, quiet = [sys.executable, "train.py", "--output", str(metrics.parent)], subprocess.DEVNULL
-        own_cache = os.environ | {ROOT_VARIABLE: str(Path(folder, "cache"))}
-        with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=own_cache) as demo:
-            while demo.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
-                time.sleep(0.02)
-            spent = time.perf_counter() - began
-            demo.kill()
-        if not (metrics.is_file() and metrics.stat().st_size):
-            raise RuntimeError("the demo ended before its first step: run train.py to see why")
-        return spent
 
-    with TemporaryDirectory() as folder:
-        return {
-            **{code: statistics.median(spent) for code, spent in imports.items()},
-            "demo to the first step, its pictures still to be drawn": first_step(folder, "first"),
-            "demo to the first step, its pictures in the cache": first_step(folder, "second"),
-        }
+def first_step(folder: Path, name: str) -> float:
+    """Seconds from the start of the demo, with an image cache in the folder, to the end of its first step."""
+    metrics = folder / name / "metrics.jsonl"
+    began = time.perf_counter()
+    command, quiet = [sys.executable, "train.py", "--output", str(metrics.parent)], subprocess.DEVNULL
+    own_cache = os.environ | {ROOT_VARIABLE: str(folder / "cache")}
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=own_cache) as demo:
+        while demo.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+            time.sleep(0.02)
+        spent = time.perf_counter() - began
+        demo.kill()
+    if not (metrics.is_file() and metrics.stat().st_size):
+        raise RuntimeError("the demo ended before its first step: run train.py to see why")
+    return spent
 
 
 def memory(rows: list[Row], batch_size: int, precision: str, budget: float) -> dict[str, dict[str, float]]:

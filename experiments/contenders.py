@@ -1,6 +1,6 @@
 """The training loops that experiments/benchmark.py sets against each other, on the same model, pictures and captions.
 
-    ours   this project: LoRA by hand, captions without padding, pixels decoded once
+    ours   this project: LoRA by hand, captions without padding and without fragments, pixels decoded once
     peft   get_peft_model and the usual loop: CLIPProcessor in the collate function, which decodes and resizes each
            picture anew in each epoch and pads each batch to its longest caption; the loss of transformers
     full   the same usual loop, all weights trained
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from clip_medical.config import Config
 from clip_medical.data.batches import Pairs, prepare
 from clip_medical.data.phantoms import phantom
 from clip_medical.data.splits import Split
 from clip_medical.model import Clip, load_clip, place
 from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.learner import Learner
 from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.progress import timed
 from lora import LoRALinear, adapter_parameters, inject
@@ -109,17 +111,13 @@ class Ours:
         self.pairs, self.pixels = timed(pairs)
         self.batch_size = batch_size
         self.chunk_size = batch_size
-        self.learned = adapter_parameters(model)
-        self.optimizer = torch.optim.AdamW(self.learned, lr=LR, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        config, steps = Config(lr=LR, warmup=0), 10**9  # so long a schedule that the rate stays as it is, like theirs
+        learned, scaled = adapter_parameters(model), dtype == torch.float16
+        self.learner = Learner(learned, model.logit_scale, config, steps, scaled)
 
     def step(self, rows: Tensor) -> float:
-        loss = contrastive_backward(self.clip, self.pairs, rows, self.chunk_size, self.scaler.scale)
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.learned, 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = contrastive_backward(self.clip, self.pairs, rows, self.chunk_size, self.learner.scaler.scale)
+        self.learner.step(clip_norm=1.0)
         return loss.item()
 
     def prepared(self) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""Phantoms drawn ahead, by a process beside this one, which imports torch meanwhile: `start`.
+"""A second process draws the demo's phantoms while train.py imports torch: `start`.
 
 It fills the image cache as train.py would, some seconds earlier: who comes second waits at the cache's lock, and finds
-the pictures there. It says nothing, as whatever goes wrong here goes wrong in train.py too, where it is told.
+the pictures there. If it fails it says nothing: train.py then does all of it, and tells what is wrong.
 """
 
 import atexit
@@ -10,29 +10,33 @@ import subprocess
 import sys
 import threading
 
-import tyro
 
-from clip_medical.config import Config, choose
-from clip_medical.data.cache import open_cache
-from clip_medical.data.shapes import SIZE
-from clip_medical.data.sources import load_data
+def start(arguments: list[str]) -> subprocess.Popen[bytes] | None:
+    """Draw, beside this process, the phantoms that `train.py` with these arguments will ask for, if it will for any.
 
-
-def start(arguments: list[str]) -> "subprocess.Popen[bytes]":
-    """Begin to draw the phantoms that train.py needs with these arguments, if any. It ends when this process does."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the modules of this process, wherever it runs
-        stdin=subprocess.PIPE,  # closed by whatever ends this process
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is meant for this process alone
-    )
+    Returns the other process, which ends with its work or with this one, whatever ends it; None if there can be none.
+    """
+    # python -m would look for modules in the current folder first, where this process may not
+    code = f"import sys; sys.path[:] = {sys.path}; from {__name__} import _draw; _draw(sys.argv[1:])"
+    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdin=pipe, stdout=quiet, stderr=quiet)
+    except OSError:  # such as a limit of processes
+        return None
     atexit.register(process.communicate)
     return process
 
 
 def _draw(arguments: list[str]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # imported here, as `start` need not wait for them
+    import tyro
+
+    from clip_medical.config import Config, choose
+    from clip_medical.data.cache import open_cache
+    from clip_medical.data.shapes import SIZE
+    from clip_medical.data.sources import load_data
+
     _, base, flags = choose(arguments)
     config = tyro.cli(Config, args=flags, default=base)
     if (config.data, config.model) == ("phantoms", "tiny-clip"):
@@ -42,10 +46,5 @@ def _draw(arguments: list[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.read()
+    sys.stdin.read()  # until whatever ends the other process closes the pipe
     os._exit(0)  # the cache's first pass can be killed at any time
-
-
-if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _draw(sys.argv[1:])

@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 
 from clip_medical import load_clip
+from clip_medical.data import ahead
 from clip_medical.data.cache import cache_key, cache_root
 from clip_medical.data.sources import load_data
 
@@ -35,9 +36,9 @@ def python(code: str, *arguments: str, cwd: Path = ROOT) -> tuple[str, str]:
 
 
 def drawn(cache: Path, *arguments: str) -> set[Path]:
-    """The folders of the cache when it has ended."""
-    code = "import sys; from clip_medical.data import ahead; print(ahead.start(sys.argv[1:]).wait() in (0, 2))"
-    assert python(code, *arguments) == ("True\n", "")
+    """The folders of the cache when the drawing has ended."""
+    code = "import sys; from clip_medical.data import ahead; ahead.start(sys.argv[1:]).wait(); print('quiet')"
+    assert python(code, *arguments) == ("quiet\n", "")
     return {path for path in cache.glob("*") if path.is_dir()}
 
 
@@ -47,23 +48,24 @@ def test_it_draws_what_train_will_ask_for(own_cache: Path) -> None:
 
 
 def test_train_starts_it_with_its_own_arguments_in_any_folder(tmp_path: Path) -> None:
-    """Catches a process that does not find the modules, or that is told other flags than train.py."""
-    # Python imports a module of this name at its start, from the folders of PYTHONPATH
-    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'found')!r}, 'w')")
+    """Catches flags lost on the way, modules not found or found in the current folder, and drawing that needs torch."""
     # in torch's place a module that ends train.py as soon as both folders are there
-    (tmp_path / "torch.py").write_text(
+    modules, here = tmp_path / "modules", tmp_path / "here"
+    modules.mkdir()
+    here.mkdir()
+    (modules / "torch.py").write_text(
         "import os, sys, time\n"
         f"while not all(map(os.path.isdir, {[str(folder) for folder in wanted(limit=4, seed=5)]})):\n"
         "    time.sleep(0.05)\n"
         "sys.exit('both are there')\n"
     )
+    (here / "random.py").write_text("raise SystemExit('not this one')")
     code = f"""
 import runpy, sys
-sys.path[:0] = {[str(tmp_path), str(ROOT)]}
+sys.path[:] = {[str(modules), str(ROOT)]} + [path for path in sys.path if path]
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
-    assert python(code, "demo", "--limit", "4", "--seed", "5", cwd=tmp_path) == ("", "both are there\n")
-    assert (tmp_path / "found").exists()
+    assert python(code, "demo", "--limit", "4", "--seed", "5", cwd=here) == ("", "both are there\n")
 
 
 @pytest.mark.parametrize("arguments", [["--data=/nowhere"], ["roco"], ["demo", "--model", "/nowhere"], ["--bogus"]])
@@ -73,16 +75,28 @@ def test_the_rest_is_left_to_train(own_cache: Path, arguments: list[str]) -> Non
 
 
 def test_it_ends_with_the_process_that_started_it() -> None:
-    """Catches a process that draws on after Ctrl-C or a mistake: this one would wait at a lock for ever."""
+    """Catches a process that draws on after a mistake or a kill: this one would wait at a lock for ever."""
+    code = """
+import time
+from clip_medical.data import ahead
+process = ahead.start(["--limit", "4"])
+time.sleep(2)
+print(process.poll())
+process.stdin.close()  # as it is closed when a process ends
+print(process.wait(30))
+"""
     with ExitStack() as locks:
         for folder in wanted(limit=4, seed=0):
             folder.parent.mkdir(exist_ok=True)
             locks.enter_context(FileLock(folder.with_suffix(".lock")))
-        code = "from clip_medical.data import ahead; ahead.start(['--limit', '4'])"
-        assert python(code) == ("", "")
+        assert python(code) == ("None\n0\n", "")
 
 
-def test_it_starts_without_torch() -> None:
-    """Catches an import that makes the drawing wait for what it is to save time beside."""
-    code = "import sys, clip_medical.data.ahead; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
-    assert python(code) == ("set()\n", "")
+def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that fails for what was to save it time."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert ahead.start([]) is None
