@@ -104,6 +104,7 @@ MUTANTS = [
     Mutant("refused zlib header replaced", PNG, "[stream[:2]]", '[b"\\x78\\x01"]', "tests/data/test_png.py"),
     Mutant("PNG without its checksum taken for whole", PNG, " or not decompressor.eof", "", "tests/data/test_png.py"),
     Mutant("all pictures begun at once", "clip_medical/data/cache.py", "if len(waiting) >= max(PART // RUN, 2 * _cores()):", "if False:", "tests/data/test_cache.py"),
+    Mutant("a wait for another process without a word", "clip_medical/data/cache.py", "acquire(timeout=PATIENCE)", "acquire()", "tests/data/test_cache.py"),
     Mutant("run decoded to its end after an error", "clip_medical/data/cache.py", "        stopped.set()\n", "", "tests/data/test_cache.py"),
     Mutant("phantoms drawn ahead of another seed", "clip_medical/data/ahead.py", ", seed=config.seed)", ")", "tests/data/test_ahead.py"),
     Mutant("drawing ahead goes on without train.py", "clip_medical/data/ahead.py", "    sys.stdin.read()  #", "    return  #", "tests/data/test_ahead.py"),

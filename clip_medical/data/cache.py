@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
@@ -41,6 +42,7 @@ ROOT_VARIABLE = "CLIP_MEDICAL_CACHE"
 FORMAT = 1
 PART = 256  # images between two lines of the journal: what a kill can cost
 RUN = 16  # images that a thread decodes before it wakes the writer, who takes its core and the interpreter's lock
+PATIENCE = 3.0  # seconds of waiting for another process before the user is told
 TOLERATED = 0.02  # share of unreadable images above which a run stops: that is no accident any more
 T = TypeVar("T")
 
@@ -90,7 +92,7 @@ def open_cache(split: Split, size: int, name: str) -> Cache:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
-            with FileLock(folder.with_suffix(".lock")):  # of two processes one does the work; it is freed by any death
+            with _lock(folder, name):  # of two processes one does the work
                 if not folder.is_dir():
                     _first_pass(split, size, name, folder)
         return Cache(folder, size)
@@ -113,6 +115,16 @@ def cache_key(split: Split, size: int) -> str:
         "origins": split.origins,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _lock(folder: Path, name: str) -> AcquireReturnProxy:
+    """For one process at a time; the death of that process frees it."""
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        return lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        print(f"The {name} images are just being read by another process: waiting for it.", file=sys.stderr)
+        return lock.acquire()
 
 
 # ---- the first pass

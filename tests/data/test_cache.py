@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from clip_medical.data import cache
@@ -402,3 +403,19 @@ def test_about_says_what_the_cache_is_of() -> None:
     found = open_cache(made_split(10), SIZE, "test")
     about = json.loads((found.folder / "about.json").read_text())
     assert about == {"images": 10, "unreadable": 0, "size": SIZE, "first": "000000", "last": "000009"}
+
+
+def test_who_waits_for_another_process_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own_root: Path
+) -> None:
+    """Catches a wait of minutes without a word, and one that does not end with the other process's work."""
+    monkeypatch.setattr(cache, "PATIENCE", 0.05)
+    split, said, deadline = made_split(4), "", time.monotonic() + 20
+    own_root.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(own_root / f"{cache_key(split, SIZE)}.lock"):
+            waiting = pool.submit(open_cache, split, SIZE, "training")
+            while not said and not waiting.done() and time.monotonic() < deadline:
+                said = capsys.readouterr().err
+        check(waiting.result(), [0, 1, 2, 3])
+    assert "training images are just being read by another process" in said
