@@ -29,7 +29,7 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes] | None:
 
 def _draw(arguments: list[str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # imported here, as `start` need not wait for them
+    # imported here, as `start` need not wait for them; command_line.parse is not, as it would wait for torch
     import tyro
 
     from clip_medical.config import Config, choose
@@ -42,7 +42,7 @@ def _draw(arguments: list[str]) -> None:
     if (config.data, config.model) == ("phantoms", "tiny-clip"):
         data = load_data(config.data, limit=config.limit, seed=config.seed)
         for split in (data.train, data.validation):
-            open_cache(split, SIZE, "phantom")
+            open_cache(split, SIZE, "phantom")  # the size that tiny-clip sees
 
 
 def _end_with_parent() -> None:
