@@ -14,19 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from clip_medical.products import add_product, linear, product, product_over_rows, scaled_product
 from lora import LoRALinear
 
 
 def projected(layers: Sequence[nn.Module], rows: Tensor) -> Sequence[Tensor]:
-    """layer(rows) of each layer, which all read the same rows (T, in).
+    """layer(rows) of each layer, which all read the same rows (T, in); one that is switched off is its base.
 
     For frozen layers, some with LoRA: with the A of all of them in one matrix, the rows are read once for all branches,
     and the gradients of all products and branches add up in one tensor.
     """
+    layers = [layer.base if type(layer) is LoRALinear and layer.strength == 0 else layer for layer in layers]
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
     known = all(_is_frozen(layer) or _is_plain_lora(layer) for layer in layers)
     if not adapted or not known or torch.is_autocast_enabled(rows.device.type):
-        return [layer(rows) for layer in layers]
+        return [_alone(layer, rows) for layer in layers]
     bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
     ranks = [layer.rank if isinstance(layer, LoRALinear) else 0 for layer in layers]
     # scaled is A, where LoRALinear scales B: one product for all of them, and autograd sees to gradients and casts
@@ -35,16 +37,21 @@ def projected(layers: Sequence[nn.Module], rows: Tensor) -> Sequence[Tensor]:
     return results
 
 
+def linear_of(layer: nn.Module, rows: Tensor) -> Tensor:
+    """layer(rows), for rows (T, in)."""
+    return projected([layer], rows)[0]
+
+
 class _Projected(torch.autograd.Function):
     """y = W x + b + B A x of several layers: A (R, in), scaled, of all of them; B (out, r) of each that has a rank."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bases: list[nn.Linear], ranks: list[int], A: Tensor, *Bs: Tensor) -> Any:
-        inner, each_B, results = rows @ A.T, iter(Bs), []
+        inner, each_B, results = product(rows, A), iter(Bs), []
         for base, part in zip(bases, inner.split(ranks, dim=1), strict=True):
-            results.append(F.linear(rows, base.weight, base.bias))
+            results.append(product(rows, base.weight, base.bias))
             if part.shape[1]:
-                results[-1].addmm_(part, next(each_B).T)
+                add_product(results[-1], part, next(each_B))
         ctx.save_for_backward(rows, inner, A, *Bs)
         ctx.bases, ctx.ranks = bases, ranks
         return tuple(results)
@@ -54,15 +61,15 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, A, *Bs = ctx.saved_tensors
         of_adapted = [grad for grad, rank in zip(grads, ctx.ranks, strict=True) if rank]
-        grad_inner = torch.cat([grad @ B for grad, B in zip(of_adapted, Bs, strict=True)], dim=1)
+        grad_inner = torch.cat([product(grad, B.T) for grad, B in zip(of_adapted, Bs, strict=True)], dim=1)
         parts = inner.split([rank for rank in ctx.ranks if rank], dim=1)
-        grad_Bs = [grad.T @ part for grad, part in zip(of_adapted, parts, strict=True)]
+        grad_Bs = [product_over_rows(grad, part) for grad, part in zip(of_adapted, parts, strict=True)]
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = grad_inner @ A
+            grad_rows = product(grad_inner, A.T)
             for grad, base in zip(grads, ctx.bases, strict=True):
-                grad_rows.addmm_(grad, base.weight)
-        return grad_rows, None, None, grad_inner.T @ rows, *grad_Bs
+                add_product(grad_rows, grad, base.weight.T)
+        return grad_rows, None, None, product_over_rows(grad_inner, rows), *grad_Bs
 
 
 SLOPE = 1.702
@@ -75,13 +82,12 @@ def mlp_of(mlp: Any, rows: Tensor) -> Tensor:
     eight of them, forward and backward, and keeps two. But with z = 1.702 x it is silu(z) / 1.702, and its derivative
     is silu'(z), as the constants cancel: torch has both as one kernel each.
     """
-    if mlp.config.hidden_act != "quick_gelu":
-        result: Tensor = mlp(rows)
-    elif _is_frozen(mlp.fc1) and _is_frozen(mlp.fc2) and not torch.is_autocast_enabled(rows.device.type):
-        result = _FrozenMLP.apply(rows, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-    else:  # an adapter, even a frozen one, does its own products, and learned weights need their gradients
-        result = mlp.fc2(F.silu(SLOPE * mlp.fc1(rows)) / SLOPE)
-    return result
+    quick = mlp.config.hidden_act == "quick_gelu"
+    if quick and _is_frozen(mlp.fc1) and _is_frozen(mlp.fc2) and not torch.is_autocast_enabled(rows.device.type):
+        result: Tensor = _FrozenMLP.apply(rows, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        return result
+    inner = linear_of(mlp.fc1, rows)
+    return linear_of(mlp.fc2, F.silu(SLOPE * inner) / SLOPE if quick else mlp.activation_fn(inner))
 
 
 class _FrozenMLP(torch.autograd.Function):
@@ -89,17 +95,17 @@ class _FrozenMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        z = torch.addmm(SLOPE * b1, rows, w1.T, alpha=SLOPE)
+        z = scaled_product(SLOPE, rows, w1, SLOPE * b1)
         ctx.save_for_backward(z, w1, w2)
-        return torch.addmm(b2, F.silu(z), w2.T, alpha=1 / SLOPE)
+        return scaled_product(1 / SLOPE, F.silu(z), w2, b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         z, w1, w2 = ctx.saved_tensors
-        inner = grad @ w2
+        inner = product(grad, w2.T)
         torch.ops.aten.silu_backward.grad_input(inner, z, grad_input=inner)
-        return inner @ w1, None, None, None, None
+        return product(inner, w1.T), None, None, None, None
 
 
 def attend(
@@ -184,7 +190,13 @@ def _is_frozen(layer: nn.Module) -> bool:
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:
-    """Whether it computes W x + b + scaling * B A x at the moment: no dropout, not switched off."""
+    """Whether it computes W x + b + scaling * B A x at the moment, without dropout."""
     if type(layer) is not LoRALinear or not _is_frozen(layer.base):
         return False
-    return layer.strength != 0 and not (layer.training and layer.dropout)
+    return not (layer.training and layer.dropout)
+
+
+def _alone(layer: nn.Module, rows: Tensor) -> Tensor:
+    """layer(rows), of an nn.Linear by the faster library."""
+    result: Tensor = linear(rows, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(rows)
+    return result

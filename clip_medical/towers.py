@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPVisionModel
 
-from clip_medical.fused import attend, mlp_of, projected, repeated
+from clip_medical.fused import attend, linear_of, mlp_of, projected, repeated
+from clip_medical.products import linear
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _patches(pixels: Tensor, weight: Tensor) -> Tensor:
     side, patch = pixels.shape[-1], weight.shape[-1]
     grid = side // patch
     cut = pixels[:, :, : grid * patch, : grid * patch].unflatten(3, (grid, patch)).unflatten(2, (grid, patch))
-    return F.linear(cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), weight.flatten(1))
+    return linear(cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), weight.flatten(1))
 
 
 def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing: bool = False) -> Tensor:
@@ -168,7 +168,7 @@ def _layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
         attend(attention, query, key, value, causal=group.seen is not None)
         for group, query, key, value in zip(sequences.groups, *parts, strict=True)
     ]
-    hidden = hidden + attention.out_proj(sequences.as_rows(mixed))
+    hidden = hidden + linear_of(attention.out_proj, sequences.as_rows(mixed))
     return hidden + mlp_of(layer.mlp, layer.layer_norm2(hidden))
 
 
@@ -181,7 +181,7 @@ def _last_layer(layer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     parts = (sequences.side_by_side(each, attention.num_heads) for each in projected(projections, normed))
     by_group = zip(sequences.groups, queries.split([group.count for group in sequences.groups]), *parts, strict=True)
     mixed = [attend(attention, q, k, v, seen=group.seen).flatten(1) for group, q, k, v in by_group]
-    kept = hidden.index_select(0, sequences.kept) + attention.out_proj(_joined(mixed))
+    kept = hidden.index_select(0, sequences.kept) + linear_of(attention.out_proj, _joined(mixed))
     return kept + mlp_of(layer.mlp, layer.layer_norm2(kept))
 
 

@@ -30,7 +30,7 @@ PNG = "clip_medical/data/png.py"
 FRAGMENTS, ZERO_SHOT = "clip_medical/data/fragments.py", "clip_medical/evaluation/zero_shot.py"
 RUNS, EXPORT, ONNX = "clip_medical/runs.py", "clip_medical/export.py", "clip_medical/onnx_export.py"
 CLASSES, SEARCH = "clip_medical/evaluation/classification.py", "clip_medical/evaluation/search.py"
-FUSED = "clip_medical/fused.py"
+FUSED, PRODUCTS = "clip_medical/fused.py", "clip_medical/products.py"
 COMMON, STRESS = "experiments/common.py", "experiments/stress_test.py"
 VARIANTS, ABLATION = "experiments/variants.py", "experiments/ablation.py"
 
@@ -56,10 +56,10 @@ MUTANTS = [
     Mutant("text that sees ahead below the last layer", "clip_medical/towers.py", "causal=group.seen is not None", "causal=False", "tests/test_towers.py"),
     Mutant("slow attention in half precision", FUSED, " or key.dtype.itemsize == 2", "", "tests/test_fused.py"),
     Mutant("plain attention that is not causal", FUSED, "        if causal:\n", "        if False:\n", "tests/test_fused.py"),
-    Mutant("slope left out of the bias before the activation", FUSED, "torch.addmm(SLOPE * b1,", "torch.addmm(b1,", "tests/test_fused.py"),
-    Mutant("slope taken from the bias after the activation", FUSED, "torch.addmm(b2, F", "torch.addmm(b2 / SLOPE, F", "tests/test_fused.py"),
-    Mutant("slope of the activation left out beside an adapter", FUSED, "F.silu(SLOPE * mlp.fc1(rows)) / SLOPE", "F.silu(SLOPE * mlp.fc1(rows))", "tests/test_fused.py"),
-    Mutant("another activation taken for CLIP's own", FUSED, 'if mlp.config.hidden_act != "quick_gelu":', 'if False:', "tests/test_fused.py"),
+    Mutant("slope left out of the bias before the activation", FUSED, "rows, w1, SLOPE * b1)", "rows, w1, b1)", "tests/test_fused.py"),
+    Mutant("slope taken from the bias after the activation", FUSED, "F.silu(z), w2, b2)", "F.silu(z), w2, b2 / SLOPE)", "tests/test_fused.py"),
+    Mutant("slope of the activation left out beside an adapter", FUSED, "F.silu(SLOPE * inner) / SLOPE if", "F.silu(SLOPE * inner) if", "tests/test_fused.py"),
+    Mutant("another activation taken for CLIP's own", FUSED, 'quick = mlp.config.hidden_act == "quick_gelu"', 'quick = True', "tests/test_fused.py"),
     Mutant("gradient of a token sent to another", FUSED, "index_add_(0, places, grad", "index_add_(0, places.flip(0), grad", "tests/test_fused.py"),
     Mutant("gradients of pictures copied", "clip_medical/towers.py", "rows.split(places) if len(places) > 1 else [rows]", "rows.split(places)", "tests/test_towers.py"),
     Mutant("captions that meet again taken for one", "clip_medical/towers.py", "(ids[1:] == ids[:-1]).cumprod(dim=1) == 0", "ids[1:] != ids[:-1]", "tests/test_towers.py"),
@@ -73,10 +73,10 @@ MUTANTS = [
     Mutant("frozen MLP under autocast", FUSED, "_is_frozen(mlp.fc2) and not torch.is_autocast_enabled(rows.device.type)", "_is_frozen(mlp.fc2)", "tests/test_fused.py"),
     Mutant("joined adapters without their scaling", FUSED, "layer.strength * layer.scaling * layer.lora_A", "layer.lora_A", "tests/test_fused.py"),
     Mutant("joined adapters always at full strength", FUSED, "layer.strength * layer.scaling * layer.lora_A", "layer.scaling * layer.lora_A", "tests/test_fused.py"),
-    Mutant("branch of one layer added to another", FUSED, "part, next(each_B).T", "inner[:, : part.shape[1]], next(each_B).T", "tests/test_fused.py"),
-    Mutant("gradient that passes the branches by", FUSED, "grad_rows = grad_inner @ A", "grad_rows = torch.zeros_like(rows)", "tests/test_fused.py"),
-    Mutant("dropout of joined adapters passed over", FUSED, " and not (layer.training and layer.dropout)", "", "tests/test_fused.py"),
-    Mutant("adapter at strength 0 read all the same", FUSED, "layer.strength != 0 and ", "", "tests/test_fused.py"),
+    Mutant("branch of one layer added to another", FUSED, "part, next(each_B))", "inner[:, : part.shape[1]], next(each_B))", "tests/test_fused.py"),
+    Mutant("gradient that passes the branches by", FUSED, "grad_rows = product(grad_inner, A.T)", "grad_rows = torch.zeros_like(rows)", "tests/test_fused.py"),
+    Mutant("dropout of joined adapters passed over", FUSED, "return not (layer.training and layer.dropout)", "return True", "tests/test_fused.py"),
+    Mutant("adapter at strength 0 read all the same", FUSED, "layer.base if type(layer) is LoRALinear and layer.strength == 0 else layer", "layer", "tests/test_fused.py"),
     Mutant("learned weights taken for frozen ones", FUSED, "return not (layer.weight.requires_grad or layer.bias.requires_grad)", "return True", "tests/test_fused.py"),
     Mutant("scale left out of the gradient of the keys", FUSED, "_scaled_bmm(ctx.scale, grad_scores.mT, q)", "grad_scores.mT @ q", "tests/test_fused.py"),
     Mutant("plain attention in evaluation", FUSED, "if attention.training and key", "if key", "tests/test_fused.py"),
@@ -86,6 +86,14 @@ MUTANTS = [
     Mutant("subclass taken for nn.Linear", FUSED, "if type(layer) is not nn.Linear or", "if not isinstance(layer, nn.Linear) or", "tests/test_fused.py"),
     Mutant("subclass taken for LoRALinear", FUSED, "if type(layer) is not LoRALinear or", "if not isinstance(layer, LoRALinear) or", "tests/test_fused.py"),
     Mutant("joined adapters in the format of the weights", FUSED, "*[b.lora_B.to(rows.dtype) for b in adapted]", "*[b.lora_B for b in adapted]", "tests/test_fused.py"),
+    Mutant("factor of a product left out of its bias", PRODUCTS, "bias / scale).mul_", "bias).mul_", "tests/test_products.py"),
+    Mutant("product in the place of a sum", PRODUCTS, "to.add_(", "to.copy_(", "tests/test_products.py"),
+    Mutant("rows and columns of a product exchanged", PRODUCTS, "product(b.T, a.T).T", "product(b.T, a.T)", "tests/test_products.py"),
+    Mutant("gradient of a learned weight lost", PRODUCTS, "flat.T @ rows.flatten(0, -2) if of_weight else None", "None", "tests/test_products.py"),
+    Mutant("product in fp32 under autocast", PRODUCTS, ' or torch.is_autocast_enabled("cpu")', "", "tests/test_products.py"),
+    Mutant("another library on every processor", PRODUCTS, '"AMD" in able.get("cpu_name", "") and ', "", "tests/test_products.py"),
+    Mutant("a layer left to the slow library", FUSED, "linear(rows, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(rows)", "layer(rows)", "tests/test_products.py"),
+    Mutant("products by oneDNN not counted", "experiments/flops.py", "2 * a[:-1].numel() * w[0] * w[1]", "0", "tests/experiments/test_flops.py"),
     Mutant("products in place not counted", "experiments/flops.py", "2 * a[0] * a[1] * b[1]", "0", "tests/experiments/test_flops.py"),
     Mutant("results without a place to go", "clip_medical/runs.py", "except OSError as error:\n        raise UserError(f\"{folder} cannot", "except EOFError as error:\n        raise UserError(f\"{folder} cannot", "tests/experiments/test_benchmark.py"),
     Mutant("activations kept after all", "clip_medical/towers.py", "if checkpointing and torch.is_grad_enabled():", "if False:", "tests/training/test_memory.py"),

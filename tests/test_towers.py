@@ -103,9 +103,9 @@ def test_no_token_is_computed_twice_and_no_padding(monkeypatch: pytest.MonkeyPat
     what they begin with, the same in several, computed for each of them."""
     model, ids, seen = a_clip(2, ("q_proj",)), token_ids(), []
     first = model.text_model.encoder.layers[0]
-    for module in (first.layer_norm1, first.self_attn.out_proj, first.layer_norm2):
+    for module in (first.layer_norm1, first.layer_norm2):
         module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    for name in ("projected", "mlp_of"):
+    for name in ("projected", "linear_of", "mlp_of"):
         whole = getattr(towers, name)
         monkeypatch.setattr(towers, name, lambda *a, whole=whole: seen.append(a[1].shape) or whole(*a))
     text_tower(model.text_model, ids, LENGTHS)
@@ -113,7 +113,7 @@ def test_no_token_is_computed_twice_and_no_padding(monkeypatch: pytest.MonkeyPat
     beginnings = {caption[: n + 1] for caption in captions for n in range(len(caption))}
     assert len(beginnings) == 46 - 3 - 2 - 2 - 5 - 5 and len(set(captions)) == 7  # as token_ids says
     every, kept = (len(beginnings), 24), (7, 24)
-    assert seen == [*5 * [every], every, kept]  # of the last layer, keys and values, and its MLP
+    assert seen == [*5 * [every], every, kept, kept]  # of the last layer, keys and values; and what follows
 
 
 def test_pictures_reach_attention_without_a_copy() -> None:

@@ -19,7 +19,8 @@ def choose_precision(requested: str, device: torch.device) -> tuple[torch.dtype,
         return dtype, "as asked"
     if device.type == "cpu":  # fp32 on all of them: the format is not to depend on which of them it happens to be
         able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot say
-        faster = "; this one has AMX: --precision bf16 is faster" if able.get("amx_bf16") else ""
+        in_bf16 = able.get("amx_bf16") or able.get("avx512_bf16")
+        faster = "; this one multiplies in bf16: --precision bf16 is faster" if in_bf16 else ""
         return torch.float32, f"as on any CPU{faster}"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= (8, 0):

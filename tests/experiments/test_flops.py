@@ -1,8 +1,10 @@
 """Operations counted: those that the shapes ask for, and those that are done."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from clip_medical import products
 from experiments.flops import count_flops, published_flops
 
 
@@ -26,6 +28,8 @@ def test_attention_on_a_cpu_is_counted() -> None:
     assert counted == 2 * (2 + 5) * (2 * 3 * 5 * 5 * 8)
 
 
-def test_a_product_in_place_is_counted() -> None:
-    """Mistake: addmm_, which torch's counter does not know either, taken for no work."""
+def test_products_that_torch_does_not_count_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistake: addmm_ or oneDNN's product, which torch's counter does not know either, taken for no work."""
     assert count_flops(lambda: torch.zeros(2, 3).addmm_(torch.ones(2, 5), torch.ones(5, 3))) == 2 * 2 * 5 * 3
+    monkeypatch.setattr(products, "MKL_IS_SLOW", products.ONEDNN_CAN)
+    assert count_flops(lambda: products.product(torch.ones(4, 2, 5), torch.ones(3, 5))) == 2 * 4 * 2 * 5 * 3

@@ -26,9 +26,9 @@ def test_a_cpu_gets_fp32_and_a_wish_is_granted() -> None:
     assert choose_precision("bf16", torch.device("cpu")) == (torch.bfloat16, "as asked")
 
 
-@pytest.mark.parametrize("has_amx", [True, False])
-def test_a_cpu_with_amx_is_told_of_bf16(monkeypatch: pytest.MonkeyPatch, has_amx: bool) -> None:
+@pytest.mark.parametrize("able", [{"amx_bf16": True}, {"avx512_bf16": True}, {"avx512_f": True}, {}])
+def test_a_cpu_that_multiplies_in_bf16_is_told_of_it(monkeypatch: pytest.MonkeyPatch, able: dict[str, bool]) -> None:
     """Catches a hint that is not given, or given where bf16 would be slower."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     dtype, reason = choose_precision("auto", torch.device("cpu"))
-    assert dtype == torch.float32 and ("--precision bf16" in reason) == has_amx
+    assert dtype == torch.float32 and ("--precision bf16" in reason) == any("bf16" in unit for unit in able)
