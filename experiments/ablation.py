@@ -6,10 +6,10 @@ Data, model and budget (steps and batch) are those of the run. Each variant star
     linear map      the two towers frozen, the projections after them retrained: a linear map on frozen features
     full            every weight trained but the temperature
 
-LoRA's scaling alpha / r is the same for all ranks, so that a rank does not change the step size. The learning rate of
-each of the three methods is chosen alike, without the held-out pictures: a few rates, all the steps, as a rate that is
-good for few of them can be too high for many, nine tenths of the training pairs; the lowest loss on the last tenth
-wins, and all of them are printed.
+LoRA's scaling alpha / r is the same for all ranks. A larger rank or more layers are a stronger update all the same, so
+that the learning rate of each variant is its own, chosen in the same way and without the held-out pictures: a few
+rates, all the steps, as a rate that is good for few of them can be too high for many, nine tenths of the training
+pairs; the lowest loss on the last tenth wins, and all of them are printed.
 
 What was forgotten is measured on the coloured shapes that the tiny CLIP was trained on, drawn anew for this. Measured
 so far is kept in ablation.json: the same command goes on from there.
@@ -39,7 +39,7 @@ from clip_medical.model import Clip, load_clip
 from clip_medical.runs import read_json
 from clip_medical.training.memory import keep_freed_memory
 from experiments import common, figures
-from experiments.variants import FULL, LINEAR, RATES, Bench, Variant, choose_lr, fit, reference, variants
+from experiments.variants import FULL, LINEAR, Bench, Variant, choose_lr, fit, reference, variants
 from lora import set_strength
 
 STRENGTHS = tuple(s / 10 for s in range(11))
@@ -158,7 +158,7 @@ def table(bench: Bench, rows: dict[str, dict[str, Any]]) -> list[list[str]]:
             less = f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
         mean = row["zero_shot"]["mean"]
         accuracy = "" if mean is None else f"{100 * mean:.1f} %"
-        rate = f"{row['lr']:g}" if row["lr"] else ""
+        rate = f"{row['lr']:.2g}" if row["lr"] else ""
         shown.append(
             [name, f"{row['trained']:,}", rate, percent(row["recall"]), less, accuracy, percent(row["shapes"])]
         )
@@ -166,14 +166,14 @@ def table(bench: Bench, rows: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def rates_tried(rates: dict[str, Any]) -> list[str]:
-    """How the learning rate of each method was chosen, in a sentence each."""
+    """How the learning rate of each variant was chosen, in a sentence each."""
     said = []
-    for method, found in rates.items():
+    for name, found in rates.items():
         losses = ", ".join(f"{loss:.3f} at {lr}" for lr, loss in found["losses"].items())
-        edge = f"{found['lr']:g}" in (list(found["losses"])[0], list(found["losses"])[-1])
+        edge = f"{found['lr']:.2g}" in (list(found["losses"])[0], list(found["losses"])[-1])
         note = ", the last that was tried: a better one may lie beyond" if edge else ""
         said.append(
-            f"Learning rate of {method}: loss on kept-back training pairs {losses}; {found['lr']:g} taken{note}"
+            f"Learning rate of {name}: loss on kept-back training pairs {losses}; {found['lr']:.2g} taken{note}"
         )
     return said
 
@@ -185,11 +185,10 @@ def measure_all(bench: Bench, tried: list[Variant], results: dict[str, Any], kee
         rows[UNADAPTED] = measure(bench, bench.base()) | {"trained": 0, "lr": None}
         keep()
     for variant in (v for v in tried if v.name not in rows):
-        if variant.method not in results["rates"]:
-            example = next(v for v in tried if v.name == own) if variant.method == "lora" else variant
-            results["rates"][variant.method] = choose_lr(bench, example, RATES[variant.method](bench.config))
+        if variant.name not in results["rates"]:
+            results["rates"][variant.name] = choose_lr(bench, variant)
             keep()
-        lr = results["rates"][variant.method]["lr"]
+        lr = results["rates"][variant.name]["lr"]
         clip = fit(bench, variant, lr, torch.arange(len(bench.train)), bench.steps)
         if variant.name == own:
             for strength in STRENGTHS:
@@ -204,7 +203,7 @@ def run(options: Ablation) -> int:
     config = read_config(options)
     setup = common.load_models("ablation", options)
     bench = make_bench(setup, config, common.load_evidence(setup, options))
-    settings = {"steps": bench.steps, "steps in which rates are chosen": bench.steps,
+    settings = {"steps": bench.steps, "rates": "chosen for each variant in all the steps",
                 "batch size": config.batch_size, "fragments": config.fragments,
                 "augment": config.augment,
                 "rank": config.rank, "alpha": config.alpha, "lr": config.lr,

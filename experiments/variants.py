@@ -1,7 +1,7 @@
 """What the ablation trains: LoRA of several ranks and places, a linear map on frozen features, full fine-tuning.
 
 All of them go through the same loss, order of pairs, number of steps and schedule; what differs is what may learn, and
-the learning rate, which is chosen alike for each method.
+the learning rate, which is chosen for each of them in the same way.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ class Variant(NamedTuple):
     """One row of the table."""
 
     name: str
-    method: str  # whose learning rate it takes: lora, linear or full
     make: Callable[[Clip], list[nn.Parameter]]  # makes a fresh model trainable; returns what is to be learned
+    rates: tuple[float, ...]  # the learning rates to try first, rising
 
 
 class Bench(NamedTuple):
@@ -69,17 +69,16 @@ def reference(config: Config) -> str:
 
 def variants(config: Config, tried: tuple[int, ...]) -> list[Variant]:
     """All rows that are trained."""
-    r = config.rank
+    r, rates = config.rank, (config.lr / 3, config.lr, 3 * config.lr)
     found = [
-        Variant(f"LoRA r = {rank}, q and v", "lora", partial(lora, config, rank, QV, None))
+        Variant(f"LoRA r = {rank}, q and v", partial(lora, config, rank, QV, None), rates)
         for rank in sorted({r, *tried})
     ]
-    found.append(Variant(f"LoRA r = {r}, all projections", "lora", partial(lora, config, r, ALL, None)))
+    found.append(Variant(f"LoRA r = {r}, all projections", partial(lora, config, r, ALL, None), rates))
     for tower in ("vision", "text"):
-        found.append(
-            Variant(f"LoRA r = {r}, {tower} tower only", "lora", partial(lora, config, r, QV, f"{tower}_model"))
-        )
-    return [*found, Variant(LINEAR, "linear", linear), Variant(FULL, "full", full)]
+        made = partial(lora, config, r, QV, f"{tower}_model")
+        found.append(Variant(f"LoRA r = {r}, {tower} tower only", made, rates))
+    return [*found, Variant(LINEAR, linear, (3e-3, 1e-2, 3e-2)), Variant(FULL, full, (1e-4, 3e-4, 1e-3))]
 
 
 def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor, steps: int) -> Clip:
@@ -99,26 +98,32 @@ def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor, steps: int) -> 
     return clip
 
 
-def choose_lr(bench: Bench, variant: Variant, rates: tuple[float, ...]) -> dict[str, Any]:
-    """{"lr": the best, "losses": rate -> loss on the tenth of the training pairs that was kept from it}."""
+BEYOND = 3  # further rates to try on either side
+
+
+def choose_lr(bench: Bench, variant: Variant) -> dict[str, Any]:
+    """{"lr": the best, "losses": rate -> loss on the tenth of the training pairs that was kept from it}.
+
+    As long as the best is the lowest or the highest so far, one beyond it is tried as well, a third or three times it.
+    """
     order = torch.randperm(len(bench.train), generator=torch.Generator().manual_seed(bench.config.seed))
     kept, tenth = order[len(order) // 10 :], order[: len(order) // 10]
-    losses = {}
-    for lr in rates:
-        clip = fit(bench, variant, lr, kept, bench.steps)
-        with torch.no_grad():
-            images = torch.cat([clip.image_features(bench.train.pixels[r]) for r in tenth.split(64)])
-            texts = torch.cat(
-                [clip.text_features(bench.train.tokens[r], bench.train.lengths[r]) for r in tenth.split(64)]
-            )
-            right = same_rows(bench.train.caption_ids[tenth], bench.train.image_ids[tenth]).to(images.device)
-            losses[lr] = info_nce(images, texts, clip.model.logit_scale, right).item()
-    best = min(losses, key=lambda lr: losses[lr] if losses[lr] == losses[lr] else float("inf"))
-    return {"lr": best, "losses": {f"{lr:g}": loss for lr, loss in losses.items()}}
+    losses: dict[float, float] = {}
+    following = list(variant.rates)
+    while following:
+        for lr in following:
+            losses[lr] = kept_back_loss(bench, fit(bench, variant, lr, kept, bench.steps), tenth)
+        best = min(losses, key=lambda lr: losses[lr] if losses[lr] == losses[lr] else float("inf"))
+        beyond = {min(losses): best / 3, max(losses): 3 * best}
+        following = [beyond[best]] if best in beyond and len(losses) < len(variant.rates) + BEYOND else []
+    return {"lr": best, "losses": {f"{lr:.2g}": losses[lr] for lr in sorted(losses)}}
 
 
-RATES: dict[str, Callable[[Config], tuple[float, ...]]] = {
-    "lora": lambda config: (config.lr / 2, config.lr, 2 * config.lr, 4 * config.lr),
-    "linear": lambda config: (1e-3, 3e-3, 1e-2, 3e-2),
-    "full": lambda config: (1e-4, 3e-4, 1e-3, 3e-3),
-}
+@torch.no_grad()
+def kept_back_loss(bench: Bench, clip: Clip, rows: Tensor) -> float:
+    """InfoNCE of these training pairs as one batch."""
+    pairs = bench.train
+    images = torch.cat([clip.image_features(pairs.pixels[r]) for r in rows.split(64)])
+    texts = torch.cat([clip.text_features(pairs.tokens[r], pairs.lengths[r]) for r in rows.split(64)])
+    right = same_rows(pairs.caption_ids[rows], pairs.image_ids[rows]).to(images.device)
+    return info_nce(images, texts, clip.model.logit_scale, right).item()

@@ -1,5 +1,6 @@
 """The variants learn what their names say, from the same start, and are compared on the same pictures."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from clip_medical.config import Config
 from clip_medical.data.batches import Pairs
 from experiments import ablation
 from experiments.ablation import UNADAPTED, Ablation, difference, read_config
-from experiments.variants import FULL, LINEAR, Bench, choose_lr, variants
+from experiments.variants import FULL, LINEAR, Bench, Variant, choose_lr, variants
 from tests.experiments.tools import Command, results
 
 
@@ -37,18 +38,47 @@ def test_what_each_variant_trains() -> None:
     assert len({variant.name for variant in variants(Config(), (1, 8))}) == 7
 
 
+def bench_of(pairs: int, steps: int) -> Bench:
+    clip, number = load_clip(), torch.arange(pairs)
+    tokens, lengths = clip.tokens([f"number {n}" for n in number.tolist()])
+    pixels = torch.zeros(pairs, 3, clip.image_size, clip.image_size, dtype=torch.uint8)
+    made = Pairs(pixels, tokens, lengths, number, number)
+    return Bench(Config(), steps, load_clip, made, made, {}, made)
+
+
 def test_a_rate_is_chosen_with_all_the_steps_and_nine_tenths_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistake: a rate that is good for a quarter of the steps taken for all; learning from the tenth that decides."""
-    clip, fitted, number = load_clip(), [], torch.arange(20)
-    tokens, lengths = clip.tokens([f"number {n}" for n in number.tolist()])
-    pixels = torch.zeros(20, 3, clip.image_size, clip.image_size, dtype=torch.uint8)
-    pairs = Pairs(pixels, tokens, lengths, number, number)
+    bench, fitted = bench_of(pairs=20, steps=7), []
     monkeypatch.setattr(
-        experiments.variants, "fit", lambda b, v, lr, rows, steps: fitted.append((lr, len(rows), steps)) or clip
+        experiments.variants, "fit", lambda b, v, lr, rows, steps: fitted.append((lr, len(rows), steps)) or b.base()
     )
-    bench = Bench(Config(), 7, load_clip, pairs, pairs, {}, pairs)
-    found = choose_lr(bench, variants(Config(), (8,))[0], (0.1, 0.2))
+    monkeypatch.setattr(experiments.variants, "BEYOND", 0)
+    found = choose_lr(bench, Variant("any", lambda clip: [], (0.1, 0.2)))
     assert fitted == [(0.1, 18, 7), (0.2, 18, 7)] and set(found["losses"]) == {"0.1", "0.2"}
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1.0, [0.5, 1, 2]),
+        (2.5, [0.5, 1, 2, 6]),
+        (9.0, [0.5, 1, 2, 6, 18]),
+        (0.4, [0.5 / 3, 0.5, 1, 2]),
+        (1e9, [0.5, 1, 2, 6, 18, 54]),
+    ],
+)
+def test_rates_are_tried_until_the_best_lies_between_two(
+    best: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistake: the lowest or highest of a few rates taken for the best of all; a search without an end; a loss that is
+    not a number taken for the lowest."""
+    fit = lambda b, v, lr, rows, steps: lr  # noqa: E731
+    loss = lambda b, lr, rows: abs(math.log(lr / best)) if lr != 0.5 or best == 0.4 else math.nan  # noqa: E731
+    monkeypatch.setattr(experiments.variants, "fit", fit)
+    monkeypatch.setattr(experiments.variants, "kept_back_loss", loss)
+    found = choose_lr(bench_of(pairs=20, steps=7), Variant("any", lambda clip: [], (0.5, 1, 2)))
+    assert list(found["losses"]) == [f"{lr:.2g}" for lr in tried]
+    assert found["lr"] == min(tried, key=lambda lr: abs(math.log(lr / best)))
 
 
 def test_one_table_that_goes_on_where_it_stopped(
@@ -61,7 +91,7 @@ def test_one_table_that_goes_on_where_it_stopped(
     """Catches work that an interruption throws away, rows of another setting taken over, and a verdict without rows."""
     monkeypatch.setattr(ablation, "SHAPES", 24)
     monkeypatch.setattr(ablation, "STRENGTHS", (0.0, 0.5, 1.0))
-    monkeypatch.setattr(ablation, "RATES", dict.fromkeys(("lora", "linear", "full"), lambda config: (0.05, 0.01)))
+    monkeypatch.setattr(experiments.variants, "BEYOND", 0)
     real, fitted = ablation.fit, []
 
     def stop_at_full(bench, variant, lr, rows, steps):  # type: ignore[no-untyped-def]
@@ -88,7 +118,7 @@ def test_one_table_that_goes_on_where_it_stopped(
     assert rows[UNADAPTED]["trained"] == 0 < rows["LoRA r = 1, q and v"]["trained"] < rows[FULL]["trained"]
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "less that of LoRA" in printed and "a better one may lie beyond" in printed  # of two, both are the last
+    assert "less that of LoRA" in printed and "a better one may lie beyond" in printed
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
