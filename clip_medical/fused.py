@@ -1,7 +1,8 @@
 """Pieces of a transformer layer as autograd Functions of our own: what the modules compute, in fewer tensors.
 
 Autograd takes one operation at a time: each makes a new tensor, and where several read the same one their gradients
-are added up afterwards. Here products add to what is there already (addmm_), and one tensor serves all that read it.
+are added up afterwards. Here products add to what is there already, and one tensor serves all that read it. products.py
+says which library does them.
 Values and gradients are those of the modules, to rounding. What these functions do not know (dropout, learned weights,
 autocast) they call as it is; forward hooks on the layers inside are not run.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clip_medical.products import add_product, linear, product, product_over_rows, scaled_product
+from clip_medical.products import add_product, by_onednn, linear, product, product_over_rows, scaled_product
 from lora import LoRALinear
 
 
@@ -91,7 +92,7 @@ def mlp_of(mlp: Any, rows: Tensor) -> Tensor:
 
 
 class _FrozenMLP(torch.autograd.Function):
-    """W2 silu(z) / 1.702 + b2 with z = 1.702 (W1 x + b1). addmm's alpha applies the factors at no cost."""
+    """W2 silu(z) / 1.702 + b2 with z = 1.702 (W1 x + b1)."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -197,6 +198,8 @@ def _is_plain_lora(layer: nn.Module) -> bool:
 
 
 def _alone(layer: nn.Module, rows: Tensor) -> Tensor:
-    """layer(rows), of an nn.Linear by the faster library."""
-    result: Tensor = linear(rows, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(rows)
+    """layer(rows), by the faster library where that is not the layer's own."""
+    if type(layer) is nn.Linear and by_onednn(rows.device, rows.dtype):
+        return linear(rows, layer.weight, layer.bias)
+    result: Tensor = layer(rows)
     return result

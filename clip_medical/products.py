@@ -1,9 +1,10 @@
 """Products with weights, by the library that is fast on this processor.
 
-On a CPU torch leaves products in fp32 to MKL. That is Intel's, and on an AMD processor it does without the widest
-vector instructions (AVX-512). oneDNN, the other library inside torch, which does the products in bf16, has them on any
-processor: on a Zen 5 it is twice as fast. torch has no public name for oneDNN's product in fp32; the one below is what
-torch.compile calls. Everywhere else these functions are torch's own.
+On an x86 processor torch leaves products in fp32 to MKL. That is Intel's, and on AMD's processors it does without the
+widest vector instructions (AVX-512). oneDNN, the other library inside torch, which does the products in bf16, has them
+on all: with the weights of ViT-B/32, 3,200 rows and torch 2.14.1 it is twice as fast on a Zen 5, the only one measured.
+torch has no public name for oneDNN's product in fp32; the one below is what torch.compile calls. On other processors,
+under a torch that cannot tell which it is, and in other formats these functions are torch's own.
 """
 
 from typing import Any
@@ -22,15 +23,26 @@ def _mkl_is_slow() -> bool:
 
 
 MKL_IS_SLOW = _mkl_is_slow()
+MULTIPLE = 64  # rows
 
 
-def _by_onednn(rows: Tensor) -> bool:
-    return MKL_IS_SLOW and rows.device.type == "cpu" and rows.dtype == torch.float32
+def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    return MKL_IS_SLOW and device.type == "cpu" and dtype == torch.float32
+
+
+def spare_rows(count: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many rows to add to `count`, so that batches of different size have products of the same shape.
+
+    For each new shape oneDNN makes a kernel, which takes longer than a product of the tiny CLIP. In half precision it
+    does the products of every CPU.
+    """
+    made_for_each = by_onednn(device, dtype) or device.type == "cpu" and dtype.itemsize == 2
+    return -count % MULTIPLE if made_for_each else 0
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: (..., in), (out, in), (out,) -> (..., out)."""
-    if not _by_onednn(rows) or torch.is_autocast_enabled("cpu"):
+    if not by_onednn(rows.device, rows.dtype) or torch.is_autocast_enabled("cpu"):
         return F.linear(rows, weight, bias)
     result: Tensor = _Linear.apply(rows, weight, bias)
     return result
@@ -60,7 +72,7 @@ class _Linear(torch.autograd.Function):
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows @ weight.T + bias, shapes as in `linear`."""
-    if not _by_onednn(rows):
+    if not by_onednn(rows.device, rows.dtype):
         return F.linear(rows, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return result
@@ -69,7 +81,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def scaled_product(scale: float, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """scale * rows @ weight.T + bias, of matrices. To addmm the factor is no work; oneDNN has none, so that it is
     applied to the narrower of rows and result."""
-    if not _by_onednn(rows):
+    if not by_onednn(rows.device, rows.dtype):
         return torch.addmm(bias, rows, weight.T, alpha=scale)
     if len(weight) > rows.shape[1]:
         return product(scale * rows, weight, bias)
@@ -78,15 +90,15 @@ def scaled_product(scale: float, rows: Tensor, weight: Tensor, bias: Tensor) -> 
 
 def add_product(to: Tensor, rows: Tensor, weight: Tensor) -> None:
     """to += rows @ weight.T, of matrices, in place."""
-    if _by_onednn(rows):
+    if by_onednn(rows.device, rows.dtype):
         to.add_(product(rows, weight))
     else:
         to.addmm_(rows, weight.T)
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a.T @ b: (T, m), (T, n) -> (m, n). oneDNN is slow where its first operand is transposed, so it gets the narrower
-    one there: a thousand times as fast for T = 3,200, m = 768 and n = 8."""
-    if not _by_onednn(a):
+    """a.T @ b: (T, m), (T, n) -> (m, n). The narrower one first: the other way round oneDNN took a thousand times as
+    long, for T = 3,200, 768 columns and 8."""
+    if not by_onednn(a.device, a.dtype):
         return a.T @ b
     return product(a.T, b.T) if a.shape[1] < b.shape[1] else product(b.T, a.T).T

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from clip_medical.fused import attend, linear_of, mlp_of, projected, repeated
-from clip_medical.products import linear
+from clip_medical.products import linear, spare_rows
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,18 @@ def text_tower(tower: CLIPTextModel, ids: Tensor, lengths: Tensor, checkpointing
     first[1:] &= (ids[1:] == ids[:-1]).cumprod(dim=1) == 0
     # of each token: its own, or that of the next caption above which has one here, as what lies between is the same
     row = torch.where(first, first.flatten().cumsum(0).view_as(first) - 1, 0).cummax(dim=0).values
-    tokens, positions = _send(ids[first], device), _send(columns.expand_as(first)[first], device)
+    tokens, positions = ids[first], columns.expand_as(first)[first]
+    spare = spare_rows(len(tokens), device, tower.embeddings.token_embedding.weight.dtype)  # which nobody reads
+    tokens, positions = (_send(F.pad(each, (0, spare)), device) for each in (tokens, positions))
 
     order = held.sum(dim=1).argsort(stable=True)
-    sequences = _sequences(held[order], first[order], row[order], device)
+    sequences = _sequences(held[order], first[order], row[order], spare, device)
     hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(positions)
     pooled: Tensor = tower.final_layer_norm(_encode(tower, hidden, sequences, checkpointing))
     return repeated(pooled, _send(order.argsort()[place], device))
 
 
-def _sequences(held: Tensor, first: Tensor, row: Tensor, device: torch.device) -> Sequences:
+def _sequences(held: Tensor, first: Tensor, row: Tensor, spare: int, device: torch.device) -> Sequences:
     """Captions sorted by length: where they have a token, where it is computed, and its row; all (N, L)."""
     lengths = held.sum(dim=1)
     counts = _like_length(lengths, device)
@@ -123,7 +126,7 @@ def _sequences(held: Tensor, first: Tensor, row: Tensor, device: torch.device) -
         read.append(rows[:, :longest].flatten())
         computed.append(computes[:, :longest].flatten())
     places = torch.cat(computed).nonzero().flatten()
-    written = places[torch.cat(read)[places].argsort()]
+    written = F.pad(places[torch.cat(read)[places].argsort()], (0, spare))
     kept = row.gather(1, lengths[:, None] - 1).flatten()
     return Sequences(groups, *(_send(each, device) for each in (kept, torch.cat(read), written)))
 

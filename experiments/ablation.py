@@ -6,10 +6,11 @@ Data, model and budget (steps and batch) are those of the run. Each variant star
     linear map      the two towers frozen, the projections after them retrained: a linear map on frozen features
     full            every weight trained but the temperature
 
-LoRA's scaling alpha / r is the same for all ranks. A larger rank or more layers are a stronger update all the same, so
-that the learning rate of each variant is its own, chosen in the same way and without the held-out pictures: a few
-rates, all the steps, as a rate that is good for few of them can be too high for many, nine tenths of the training
-pairs; the lowest loss on the last tenth wins, and all of them are printed.
+LoRA's scaling alpha / r is the same for all ranks. Each variant has a learning rate of its own, as a larger rank or
+more layers are a stronger update at the same rate. All are chosen alike, without the held-out pictures: variants are
+trained with three rates, and with those beyond while the best is the lowest or the highest, on nine tenths of the
+training pairs; the lowest loss on the last tenth wins, and all of them are printed. They take all the steps, as a rate
+that is good for few of them can be too high for many.
 
 What was forgotten is measured on the coloured shapes that the tiny CLIP was trained on, drawn anew for this. Measured
 so far is kept in ablation.json: the same command goes on from there.

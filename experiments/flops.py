@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel
 
-from clip_medical.products import product
+from clip_medical.products import ONEDNN_CAN, product
 from experiments.contenders import ALPHA, RANK
 from lora import inject
 
@@ -39,14 +39,15 @@ def published_flops(lengths: Tensor) -> list[int]:
 def count_flops(action: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products, convolutions and attentions that `action` really does."""
     aten = torch.ops.aten
-    unknown = {  # to torch's counter: products in place or by oneDNN, and the fused attention of a CPU
+    unknown: dict[Any, Any] = {  # to torch's counter: products in place or by oneDNN, and the fused attention of a CPU
         aten.addmm_: lambda to, a, b, *_, **__: 2 * a[0] * a[1] * b[1],
-        torch.ops.mkldnn._linear_pointwise: lambda a, w, *_, **__: 2 * a[:-1].numel() * w[0] * w[1],
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
+    if ONEDNN_CAN:
+        unknown[torch.ops.mkldnn._linear_pointwise] = lambda a, w, *_, **__: 2 * a[:-1].numel() * w[0] * w[1]
     with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
         action()
     return counter.get_total_flops()

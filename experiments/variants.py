@@ -4,6 +4,7 @@ All of them go through the same loss, order of pairs, number of steps and schedu
 the learning rate, which is chosen for each of them in the same way.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -98,7 +99,7 @@ def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor, steps: int) -> 
     return clip
 
 
-BEYOND = 3  # further rates to try on either side
+BEYOND = 3  # further rates to try
 
 
 def choose_lr(bench: Bench, variant: Variant) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def choose_lr(bench: Bench, variant: Variant) -> dict[str, Any]:
     while following:
         for lr in following:
             losses[lr] = kept_back_loss(bench, fit(bench, variant, lr, kept, bench.steps), tenth)
-        best = min(losses, key=lambda lr: losses[lr] if losses[lr] == losses[lr] else float("inf"))
+        best = min(losses, key=lambda lr: (math.inf if math.isnan(losses[lr]) else losses[lr], lr))
         beyond = {min(losses): best / 3, max(losses): 3 * best}
         following = [beyond[best]] if best in beyond and len(losses) < len(variant.rates) + BEYOND else []
     return {"lr": best, "losses": {f"{lr:.2g}": losses[lr] for lr in sorted(losses)}}

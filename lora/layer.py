@@ -30,9 +30,9 @@ Why is B zero?  So that B A = 0 and step 0 *is* the pretrained model. Were B ran
     damaged model and would first have to repair it.
 Why is A not zero as well?  With g = dL/dy, dL/dB = scaling * g (A x)^T and dL/dA = scaling * B^T g x^T. With both at
     zero both gradients vanish and nothing ever learns. With B = 0 alone, B moves at the first step and A at the second.
-Why alpha / r?  It keeps the correction's size comparable across ranks, so that a new r needs no new learning rate;
-    section 4.1 fixes alpha at the first r tried. Kalajdzievski (2023, arXiv 2312.03732) shows that 1 / r overshoots:
-    activations and gradients keep their size as r grows only under alpha / sqrt(r), here `rslora=True`.
+Why alpha / r?  It keeps the correction's size comparable across ranks, so that a new r asks less for a new learning
+    rate; section 4.1 fixes alpha at the first r tried. Kalajdzievski (2023, arXiv 2312.03732) shows that 1 / r
+    overshoots: activations and gradients keep their size as r grows only under alpha / sqrt(r), here `rslora=True`.
 Why kaiming with a = sqrt(5)?  The bound of kaiming_uniform_ is sqrt(2 / (1 + a^2)) * sqrt(3 / fan_in), for a^2 = 5
     thus 1 / sqrt(fan_in), as nn.Linear and loralib do it (the paper's text says Gaussian). fan_in is read off the
     second dimension: were A stored as (in, r), its entries would be sqrt(in / r) times too large, here ten times.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_medical import load_clip, products
-from clip_medical.products import add_product, linear, product, product_over_rows, scaled_product
+from clip_medical.products import add_product, linear, product, product_over_rows, scaled_product, spare_rows
 from lora import adapter_parameters, inject
 
 ONEDNN = pytest.mark.skipif(not products.ONEDNN_CAN, reason="a torch without oneDNN")
@@ -40,11 +40,11 @@ def test_products_are_those_of_mathematics(onednn: bool, monkeypatch: pytest.Mon
         close(to, t + x @ w.T)
 
 
-@pytest.mark.parametrize("onednn", BOTH)
+@ONEDNN
 @pytest.mark.parametrize("learned", ["rows", "weight", "bias"])
-def test_linear_has_the_gradients_of_torch(learned: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_has_the_gradients_of_torch(learned: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistake: oneDNN's product, which has no gradient, taken where a weight learns; the gradient of rows lost."""
-    monkeypatch.setattr(products, "MKL_IS_SLOW", onednn)
+    monkeypatch.setattr(products, "MKL_IS_SLOW", True)
     torch.manual_seed(0)
     given = {"rows": torch.randn(2, 7, 4), "weight": torch.randn(9, 4), "bias": torch.randn(9)}
     given[learned].requires_grad_()
@@ -104,3 +104,23 @@ def test_mkl_is_slow_on_a_wide_processor_of_amd(
     """Mistake: another library where MKL is as good: every digit of every run would change for nothing."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert products._mkl_is_slow() == (slow and products.ONEDNN_CAN)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mkl_is_slow", "spare"),
+    [
+        (torch.float32, True, 28),
+        (torch.float32, False, 0),
+        (torch.bfloat16, False, 28),
+        (torch.float16, False, 28),
+        (torch.float64, True, 0),
+    ],
+)
+def test_rows_are_rounded_up_where_each_shape_has_its_kernel(
+    dtype: torch.dtype, mkl_is_slow: bool, spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistake: a kernel made for every batch, or rows computed for nothing where none is made."""
+    monkeypatch.setattr(products, "MKL_IS_SLOW", mkl_is_slow)
+    assert spare_rows(100, torch.device("cpu"), dtype) == spare
+    assert spare_rows(128, torch.device("cpu"), dtype) == 0
+    assert spare_rows(100, torch.device("meta"), dtype) == 0

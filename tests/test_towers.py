@@ -57,8 +57,10 @@ def test_both_towers_equal_those_of_transformers(
 ) -> None:
     """Mistake: another token's query or residual, keys of the read token alone, text that sees behind its end or into
     the caption before, a position counted from there, captions that meet again taken for one, a patch cut across, a
-    norm or an adapter passed over; captions of one group, as on a GPU, or of two, given back in another order."""
+    norm or an adapter passed over; captions of one group, as on a GPU, or of two, given back in another order; spare
+    rows read by a caption."""
     model, ids = a_clip(layers, targets), token_ids()
+    monkeypatch.setattr(towers, "spare_rows", lambda *_: 0 if together else 5)
     if together:
         monkeypatch.setattr(towers, "_like_length", lambda lengths, device: [len(lengths)])
     pixels = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -100,7 +102,8 @@ def test_half_precision_is_near_to_fp32(dtype: torch.dtype, near: float, trainin
 
 def test_no_token_is_computed_twice_and_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistake: captions padded to the longest for all of a layer, where attention alone needs them side by side; or
-    what they begin with, the same in several, computed for each of them."""
+    what they begin with, the same in several, computed for each of them; rows that are to be spared, which would make
+    all products of a batch those of a shape met before, left out."""
     model, ids, seen = a_clip(2, ("q_proj",)), token_ids(), []
     first = model.text_model.encoder.layers[0]
     for module in (first.layer_norm1, first.layer_norm2):
@@ -108,11 +111,12 @@ def test_no_token_is_computed_twice_and_no_padding(monkeypatch: pytest.MonkeyPat
     for name in ("projected", "linear_of", "mlp_of"):
         whole = getattr(towers, name)
         monkeypatch.setattr(towers, name, lambda *a, whole=whole: seen.append(a[1].shape) or whole(*a))
+    monkeypatch.setattr(towers, "spare_rows", lambda *_: 3)
     text_tower(model.text_model, ids, LENGTHS)
     captions = [tuple(each[:n]) for each, n in zip(ids.tolist(), LENGTHS.tolist(), strict=True)]
     beginnings = {caption[: n + 1] for caption in captions for n in range(len(caption))}
     assert len(beginnings) == 46 - 3 - 2 - 2 - 5 - 5 and len(set(captions)) == 7  # as token_ids says
-    every, kept = (len(beginnings), 24), (7, 24)
+    every, kept = (len(beginnings) + 3, 24), (7, 24)
     assert seen == [*5 * [every], every, kept, kept]  # of the last layer, keys and values; and what follows
 
 

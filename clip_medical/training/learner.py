@@ -39,7 +39,9 @@ class Learner:
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.logit_scale = logit_scale
         self.skipped = 0
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        # on a GPU in a kernel or two, where small ones by the dozen are what a step waits for
+        fused, decay = adapter[0].is_cuda, config.weight_decay
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=decay, fused=fused)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, warmup_cosine)
         self.scaler = torch.amp.GradScaler(adapter[0].device.type, enabled=scaled)
 

@@ -65,20 +65,21 @@ def test_a_rate_is_chosen_with_all_the_steps_and_nine_tenths_of_the_pairs(monkey
         (9.0, [0.5, 1, 2, 6, 18]),
         (0.4, [0.5 / 3, 0.5, 1, 2]),
         (1e9, [0.5, 1, 2, 6, 18, 54]),
+        (math.nan, [0.5 / 27, 0.5 / 9, 0.5 / 3, 0.5, 1, 2]),
     ],
 )
 def test_rates_are_tried_until_the_best_lies_between_two(
     best: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mistake: the lowest or highest of a few rates taken for the best of all; a search without an end; a loss that is
-    not a number taken for the lowest."""
+    not a number taken for the lowest, or a rate that diverges taken where a lower one is left."""
     fit = lambda b, v, lr, rows, steps: lr  # noqa: E731
     loss = lambda b, lr, rows: abs(math.log(lr / best)) if lr != 0.5 or best == 0.4 else math.nan  # noqa: E731
     monkeypatch.setattr(experiments.variants, "fit", fit)
     monkeypatch.setattr(experiments.variants, "kept_back_loss", loss)
     found = choose_lr(bench_of(pairs=20, steps=7), Variant("any", lambda clip: [], (0.5, 1, 2)))
     assert list(found["losses"]) == [f"{lr:.2g}" for lr in tried]
-    assert found["lr"] == min(tried, key=lambda lr: abs(math.log(lr / best)))
+    assert found["lr"] == (tried[0] if math.isnan(best) else min(tried, key=lambda lr: abs(math.log(lr / best))))
 
 
 def test_one_table_that_goes_on_where_it_stopped(
@@ -92,6 +93,7 @@ def test_one_table_that_goes_on_where_it_stopped(
     monkeypatch.setattr(ablation, "SHAPES", 24)
     monkeypatch.setattr(ablation, "STRENGTHS", (0.0, 0.5, 1.0))
     monkeypatch.setattr(experiments.variants, "BEYOND", 0)
+    monkeypatch.setattr(experiments.variants, "kept_back_loss", lambda bench, clip, rows: 1.0)  # the lowest rate wins
     real, fitted = ablation.fit, []
 
     def stop_at_full(bench, variant, lr, rows, steps):  # type: ignore[no-untyped-def]

@@ -31,5 +31,5 @@ def test_attention_on_a_cpu_is_counted() -> None:
 def test_products_that_torch_does_not_count_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistake: addmm_ or oneDNN's product, which torch's counter does not know either, taken for no work."""
     assert count_flops(lambda: torch.zeros(2, 3).addmm_(torch.ones(2, 5), torch.ones(5, 3))) == 2 * 2 * 5 * 3
-    monkeypatch.setattr(products, "MKL_IS_SLOW", products.ONEDNN_CAN)
+    monkeypatch.setattr(products, "MKL_IS_SLOW", products.ONEDNN_CAN)  # without it the product of torch, counted too
     assert count_flops(lambda: products.product(torch.ones(4, 2, 5), torch.ones(3, 5))) == 2 * 4 * 2 * 5 * 3
