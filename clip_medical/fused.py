@@ -1,8 +1,9 @@
 """Pieces of a transformer layer as autograd Functions of our own: what the modules compute, in fewer tensors.
 
 Autograd takes one operation at a time: each makes a new tensor, and where several read the same one their gradients
-are added up afterwards. Here products add to what is there already, and one tensor serves all that read it. products.py
-says which library does them.
+are added up afterwards. Here products add to what is there already, and one tensor serves all that read it; which
+library does the products is the matter of products.py.
+
 Values and gradients are those of the modules, to rounding. What these functions do not know (dropout, learned weights,
 autocast) they call as it is; forward hooks on the layers inside are not run.
 """

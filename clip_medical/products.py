@@ -27,14 +27,15 @@ MULTIPLE = 64  # rows
 
 
 def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of such tensors are given to oneDNN here, where torch would leave them to MKL."""
     return MKL_IS_SLOW and device.type == "cpu" and dtype == torch.float32
 
 
 def spare_rows(count: int, device: torch.device, dtype: torch.dtype) -> int:
     """How many rows to add to `count`, so that batches of different size have products of the same shape.
 
-    For each new shape oneDNN makes a kernel, which takes longer than a product of the tiny CLIP. In half precision it
-    does the products of every CPU.
+    For each new shape oneDNN makes a kernel, which takes longer than a product of the tiny CLIP. In half precision
+    torch itself gives it the products of a CPU.
     """
     made_for_each = by_onednn(device, dtype) or device.type == "cpu" and dtype.itemsize == 2
     return -count % MULTIPLE if made_for_each else 0

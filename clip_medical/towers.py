@@ -8,8 +8,9 @@ Captions that begin alike are alike until they part, so that each beginning is c
 for all captions of a batch which begin so, and the start token for all. And what follows the end token changes nothing
 before it: the captions of radiology fill less than half of their 77 tokens, the rest is padding. All layers but
 attention work on each token by itself: they see a matrix with one row for each token that is not, with all before it,
-in another caption too. Attention alone, a few per cent of the arithmetic, needs the captions whole, side by side,
-padded to the longest: short ones and long ones by themselves where that pays.
+in another caption too (and on some CPUs up to 63 spare rows, which nobody reads: see spare_rows). Attention alone, a
+few per cent of the arithmetic, needs the captions whole, side by side, padded to the longest: short ones and long ones
+by themselves where that pays.
 
 The layers below the last need all L, as each token attends to the others. The last one needs the keys and values of
 all, but query (one D x D product), output projection (one) and the whole MLP (eight) of that one token alone.

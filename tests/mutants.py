@@ -92,6 +92,7 @@ MUTANTS = [
     Mutant("gradient of a learned weight lost", PRODUCTS, "flat.T @ rows.flatten(0, -2) if of_weight else None", "None", "tests/test_products.py"),
     Mutant("product in fp32 under autocast", PRODUCTS, ' or torch.is_autocast_enabled("cpu")', "", "tests/test_products.py"),
     Mutant("another library on every processor", PRODUCTS, '"AMD" in able.get("cpu_name", "") and ', "", "tests/test_products.py"),
+    Mutant("a kernel made for every batch", PRODUCTS, "-count % MULTIPLE if made_for_each else 0", "0", "tests/test_products.py"),
     Mutant("rows spared for nothing in fp32", PRODUCTS, "by_onednn(device, dtype) or device.type", "device.type", "tests/test_products.py"),
     Mutant("spare rows read by a caption", "clip_medical/towers.py", ".argsort()], (0, spare))", ".argsort()], (spare, 0))", "tests/test_towers.py"),
     Mutant("the last rate tried taken for the best", VARIANTS, "beyond = {min(losses): best / 3, max(losses): 3 * best}", "beyond = {}", "tests/experiments/test_ablation.py"),
