@@ -1,23 +1,11 @@
 """CLIP on radiology: data, model, training and evaluation around the adapter in `lora/`.
 
-    from clip_medical import load_clip, load_run, info_nce, recall_at_k
-
-The four names are imported when they are first used: a tool that only draws phantoms need not wait for transformers.
+from clip_medical import load_clip, load_run, info_nce, recall_at_k
 """
 
-from importlib import import_module
-from typing import Any
+from clip_medical.evaluation.retrieval import recall_at_k
+from clip_medical.model import load_clip
+from clip_medical.run_folder import load_run
+from clip_medical.training.loss import info_nce
 
-_HOME = {
-    "info_nce": "clip_medical.training.losses",
-    "recall_at_k": "clip_medical.evaluation.retrieval",
-    "load_clip": "clip_medical.model",
-    "load_run": "clip_medical.runs",
-}
 __all__ = ["info_nce", "load_clip", "load_run", "recall_at_k"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'clip_medical' has no attribute {name!r}")

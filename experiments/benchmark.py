@@ -14,13 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from clip_medical import command_line
+from clip_medical import cli
 from clip_medical.data.cache import ROOT_VARIABLE
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_markdown, as_text, environment
 from clip_medical.model import load_clip
-from clip_medical.runs import make_folder, write_text
-from clip_medical.training.precision import choose_device, choose_precision
+from clip_medical.run_folder import make_folder, write_text
+from clip_medical.training.device import choose_device, choose_precision
 from experiments import benchmark_parts as parts
 from experiments.contenders import make_rows
 
@@ -109,7 +109,7 @@ def publish(results: dict[str, Any], folder: Path, device: str) -> None:
 
 def main() -> int:
     command = "python -m experiments.benchmark"
-    return command_line.exit_code("benchmark", lambda: run(command_line.parse(Benchmark, sys.argv[1:], command)))
+    return cli.exit_code("benchmark", lambda: run(cli.parse(Benchmark, sys.argv[1:], command)))
 
 
 if __name__ == "__main__":

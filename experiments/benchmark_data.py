@@ -30,15 +30,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_medical import command_line, load_clip
+from clip_medical import cli, load_clip
 from clip_medical.data.batches import Pairs, prepare, row_batches
 from clip_medical.data.cache import ROOT_VARIABLE
-from clip_medical.data.phantoms import phantom
-from clip_medical.data.sources import load_data
+from clip_medical.data.synthetic.phantoms import phantom
+from clip_medical.data.dataset import load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import environment
 from clip_medical.model import Clip
-from clip_medical.runs import write_text
+from clip_medical.run_folder import write_text
 from clip_medical.training import memory
 from experiments.benchmark_parts import fresh_process
 
@@ -219,9 +219,9 @@ def run(options: Options) -> int:
 
 
 def main() -> int:
-    return command_line.exit_code(
+    return cli.exit_code(
         "benchmark_data",
-        lambda: run(command_line.parse(Options, sys.argv[1:], "python -m experiments.benchmark_data")),
+        lambda: run(cli.parse(Options, sys.argv[1:], "python -m experiments.benchmark_data")),
     )
 
 

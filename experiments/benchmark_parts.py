@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from clip_medical.data.cache import ROOT_VARIABLE
 from clip_medical.model import load_clip
-from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.grad_cache import contrastive_backward
 from clip_medical.training.memory import memory_in_use, peak_memory
-from clip_medical.training.precision import choose_device, choose_precision
+from clip_medical.training.device import choose_device, choose_precision
 from experiments.contenders import CONTENDERS, Ours, Peft, Row, made_pairs
 from experiments.flops import count_flops, matrix_product_rate, published_flops, timed
 from lora import inject, merge, remove

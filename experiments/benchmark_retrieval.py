@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_medical import command_line, load_clip
+from clip_medical import cli, load_clip
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import environment
 from clip_medical.evaluation.retrieval import pair_ranks
 from clip_medical.evaluation.search import COLUMNS, Index
-from clip_medical.runs import write_text
+from clip_medical.run_folder import write_text
 from clip_medical.training.memory import peak_memory
 from experiments.benchmark_parts import fresh_process
 
@@ -126,8 +126,8 @@ def run(options: Options) -> int:
 
 def main() -> int:
     command = "python -m experiments.benchmark_retrieval"
-    return command_line.exit_code(
-        "benchmark_retrieval", lambda: run(command_line.parse(Options, sys.argv[1:], command))
+    return cli.exit_code(
+        "benchmark_retrieval", lambda: run(cli.parse(Options, sys.argv[1:], command))
     )
 
 

@@ -1,149 +1,194 @@
-"""What the experiments share: which models, which pictures, and where the results go.
+"""What all experiments share: flags, models, data, table, figure and results file.
 
-An experiment is `python -m experiments.NAME --run runs/x`. It measures the adapted model and, beside it, the unadapted
-one on the same held-out pictures, prints a table, and writes NAME.json and NAME.png.
+An experiment measures the adapted model of a run, and beside it the unadapted model, on the same validation pairs. It
+prints a table and writes NAME.json (with command, seed, versions and hardware) and NAME.png. To add one, write a
+subclass of Experiment in experiments/NAME.py; `python -m experiments.NAME --run runs/x` then works:
+
+    @dataclass(frozen=True)
+    class Cosine(Experiment):
+        \"""Mean cosine similarity of matching pairs.\"""  # shown by --help; fields added here become flags
+
+        name = "cosine"
+
+        def measure(self, clip: Clip, pairs: Pairs) -> dict[str, Any]:
+            images, texts = encode(clip, pairs)
+            return share((images * texts).sum(dim=1)) | {"n": len(pairs)}
+
+        def rows(self, results: Results) -> list[Row]:
+            return [Row("cosine similarity", results, results["unadapted"]["n"])]
+
+    if __name__ == "__main__":
+        sys.exit(main(Cosine))
 """
 
 import json
+import random
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
-from clip_medical import command_line
-from clip_medical.data.sources import Data, load_data
+from torch import Tensor
+
+from clip_medical import cli
+from clip_medical.config import Config
+from clip_medical.data.batches import Pairs, prepare
+from clip_medical.data.dataset import Data, data_fingerprint, load_data
 from clip_medical.errors import UserError
-from clip_medical.evaluation.report import environment, percent
+from clip_medical.evaluation import plots
+from clip_medical.evaluation.report import environment
+from clip_medical.evaluation.retrieval import bootstrap_interval
+from clip_medical.evaluation.table import Row, as_text, comparison
 from clip_medical.model import Clip, load_clip
-from clip_medical.provenance import data_fingerprint
-from clip_medical.runs import PROVENANCE, load_run, make_folder, read_json, write_text
-from clip_medical.training.precision import choose_device
+from clip_medical.run_folder import PROVENANCE, load_run, make_folder, read_json, write_text
+from clip_medical.training.device import choose_device
 
 RESULTS = Path(__file__).parent / "results"
 
-
-@dataclass(frozen=True)
-class Common:
-    run: str | None = None
-    """A run of train.py, or an exported adapter: measure it and, beside it, its unadapted base."""
-    model: str | None = None
-    """Instead of --run, an unadapted CLIP alone: tiny-clip, a Hugging Face CLIP folder or a name on the Hub."""
-    data: str | None = None
-    """Whose held-out pictures to take, named as for train.py; default: those of the run, for a --model phantoms."""
-    limit: int | None = None
-    """Take at most so many held-out pictures, drawn by --seed; default: as the run did, of other data all."""
-    output: str | None = None
-    """Folder for the results; default: the run, for a --model experiments/results."""
-    seed: int = 0
-    """Decides random draws and, of data other than the run's, what is held out."""
-
-    def __post_init__(self) -> None:
-        if (self.run is None) == (self.model is None):
-            raise UserError("give either --run, a run of train.py, or --model, a CLIP as it was published.")
-        if self.limit is not None and self.limit < 2:
-            raise UserError(f"--limit is {self.limit}: give a whole number of 2 or more.")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}: give a whole number of 0 or more.")
-
-
-Options = TypeVar("Options", bound=Common)
+Results = dict[str, dict[str, Any]]  # model, "unadapted" first -> its measurements
 
 
 class Setup(NamedTuple):
-    """What an experiment works with."""
+    """Models and places of an experiment."""
 
-    models: dict[str, Clip]  # "unadapted" and, of a run, "adapted", in eval mode
-    folder: Path  # where results go
-    facts: dict[str, Any]  # command, seed, models, data, environment: what stands beside the results
-
-    @property
-    def best(self) -> Clip:
-        """The adapted model, where there is one."""
-        return list(self.models.values())[-1]
+    models: dict[str, Clip]  # "unadapted" and, with --run, "adapted", in eval mode
+    folder: Path  # for the results
+    facts: dict[str, Any]  # command, seed, model, data and environment, saved with the results
 
 
-def load_models(name: str, options: Common) -> Setup:
-    """The models of an experiment called `name`, each on the GPU where there is one, in fp32."""
-    device = choose_device()
-    if options.run is not None:
-        adapted = load_run(options.run, device)
-        # loaded afresh and not switched off: a temperature that was trained belongs to the adapted model alone
-        models = {"unadapted": load_clip(adapted.name, device, revision=adapted.revision), "adapted": adapted}
-        folder = Path(options.output or (options.run if Path(options.run).is_dir() else RESULTS))  # a run on the Hub
-    else:
-        models = {"unadapted": load_clip(options.model or "", device)}
-        folder = Path(options.output or RESULTS)
-    make_folder(folder)
-    base = models["unadapted"]
-    facts = {
-        "command": shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]),
-        "seed": options.seed,
-        "model": {"run": options.run, "base": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
-        "environment": environment(),
-    }
-    return Setup(models, folder, facts)
+@dataclass(frozen=True)
+class Experiment:
+    """The flags of every experiment, and the steps from the models to the results file."""
 
+    run: str | None = None
+    """Run folder of train.py, exported adapter or adapter on the Hub; its unadapted base is measured beside it."""
+    model: str | None = None
+    """Instead of --run, an unadapted CLIP alone: tiny-clip, a Hugging Face folder or a name on the Hub."""
+    data: str | None = None
+    """Use the validation split of this data set, named as for train.py. Default: of the run's data, else phantoms."""
+    limit: int | None = None
+    """Use at most this many validation pairs, sampled by --seed. Default: all."""
+    output: str | None = None
+    """Folder for the results. Default: the run folder; with --model, experiments/results."""
+    seed: int = 0
+    """Seed of random samples and of the validation split of --data."""
 
-def load_evidence(setup: Setup, options: Common) -> Data:
-    """The data of an experiment; `setup.facts` is told of them. Raises UserError where they are not the run's any more.
+    name: ClassVar[str]
 
-    By default what the run was trained with, read and split as there, so that its held-out part was never trained on.
-    """
-    folder = Path(options.run or "")
-    config = read_json(folder / "config.json") if options.run else {}
-    trained_on = read_json(folder / "adapter" / PROVENANCE).get("data", {}) if config else {}
-    if options.data is None and config:
-        columns = {key: config[key] for key in ("image_column", "caption_column")}
-        data = load_data(config["data"], **columns, limit=config["limit"], seed=config["seed"])
-        fingerprint = data_fingerprint(data)
-        if trained_on.get("fingerprint", fingerprint) != fingerprint:
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.model is None):
+            raise UserError("Give either --run with a run of train.py, or --model with an unadapted CLIP.")
+        for flag, lowest in (("limit", 2), ("seed", 0), ("k", 1), ("steps", 1)):  # the last two in search and ablation
+            value = getattr(self, flag, None)
+            if value is not None and value < lowest:
+                raise UserError(f"--{flag} is {value}. Give a whole number of {lowest} or more.")
+
+    def measure(self, clip: Clip, pairs: Pairs) -> dict[str, Any]:
+        """Return the measurements of one model on the validation pairs, as JSON; `pairs.split` holds the labels."""
+        raise NotImplementedError
+
+    def rows(self, results: Results) -> list[Row]:
+        """Return the rows of the table."""
+        raise NotImplementedError
+
+    def figure_rows(self, results: Results) -> list[Row]:
+        """Return the rows that NAME.png shows, where they are shares; by default all."""
+        return self.rows(results)
+
+    def draw(self, results: Results, folder: Path) -> list[str]:
+        """Draw the figures and return their file names."""
+        plots.share_bars(self.figure_rows(results), "%, with 95 % interval", folder / f"{self.name}.png")
+        return [f"{self.name}.png"]
+
+    def perform(self) -> int:
+        """Measure every model, print the table, draw the figures, save the results. Returns the exit code."""
+        setup = self.load_models()
+        pairs = prepare(self.load_data(setup).validation, setup.models["unadapted"].processor, "validation")
+        results = {model: self.measure(clip, pairs) for model, clip in setup.models.items()}
+        print(as_text(comparison(self.rows(results))))
+        self.save(setup, self.name, results, *self.draw(results, setup.folder))
+        return 0
+
+    def load_models(self) -> Setup:
+        """Load the models in fp32, on the GPU where there is one."""
+        device = choose_device()
+        if self.run is not None:
+            adapted = load_run(self.run, device)
+            # The base is loaded again, not made by disabling the adapter: a trained temperature would remain in it.
+            models = {"unadapted": load_clip(adapted.name, device, revision=adapted.revision), "adapted": adapted}
+        else:
+            models = {"unadapted": load_clip(self.model or "", device)}
+        local = self.run is not None and Path(self.run).is_dir()  # else an adapter on the Hub, or --model
+        folder = make_folder(Path(self.output or (local and self.run) or RESULTS))
+        base = models["unadapted"]
+        identity = {"base": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
+        facts = {
+            "command": shlex.join(["python", "-m", f"experiments.{self.name}", *sys.argv[1:]]),
+            "seed": self.seed,
+            "model": {"run": self.run, **identity, "encoder": base.encoder.name},
+            "environment": environment(),
+        }
+        return Setup(models, folder, facts)
+
+    def read_config(self) -> Config:
+        """Return the configuration of the run; with --model, the defaults of train.py for that model and --data."""
+        if self.run is None:
+            return Config(model=self.model or "", data=self.data or "phantoms", seed=self.seed)
+        stored = read_json(Path(self.run, "config.json"))
+        if not stored:
             raise UserError(
-                f"{data.source} holds other rows than when {options.run} was trained on it, so that what is held out "
-                "now may have been trained on: bring the old rows back, or name data that it never saw with --data."
+                f"{self.run} has no config.json. Give a run folder of train.py, or name the data with --data."
             )
-    elif options.data is None and options.run:
-        raise UserError(f"{options.run} does not say what it was trained on: name held-out pictures with --data.")
-    else:
-        data = load_data(options.data or "phantoms", seed=options.seed)
+        known: dict[str, Any] = {key: value for key, value in stored.items() if key in Config.__dataclass_fields__}
+        return Config(**known | {"targets": tuple(known["targets"])})
+
+    def load_data(self, setup: Setup) -> Data:
+        """Load the data, and record source and fingerprint in `setup.facts`.
+
+        The default is the data of the run, loaded and split as in training, so that no validation pair was trained on.
+        Raises UserError if these data have changed since.
+        """
+        config = Config(data=self.data, seed=self.seed) if self.data else self.read_config()
+        choices = ("image_column", "caption_column", "limit", "seed", "revision")
+        data = load_data(config.data, **{name: getattr(config, name) for name in choices})
         fingerprint = data_fingerprint(data)
-    if options.limit is not None and options.limit < len(data.validation):
-        rows = _drawn(len(data.validation), options.limit, options.seed)
-        data = Data(data.train, data.validation.select(rows), data.source, data.split_rule)
-    setup.facts["data"] = {
-        "source": data.source,
-        "split": data.split_rule,
-        "held-out pairs": len(data.validation),
-        "fingerprint": fingerprint,
-    }
-    return data
+        if self.run and not self.data:
+            trained_on = read_json(Path(self.run, "adapter", PROVENANCE)).get("data", {})
+            if trained_on.get("fingerprint", fingerprint) != fingerprint:
+                raise UserError(
+                    f"{data.source} has changed since {self.run} was trained on it, so validation pairs may have been "
+                    "trained on. Restore the data, or name data the run has not seen with --data."
+                )
+        if self.limit is not None:
+            count = len(data.validation)
+            sample = sorted(random.Random(self.seed).sample(range(count), min(self.limit, count)))
+            data = replace(data, validation=data.validation.select(sample))
+        counted = {"validation pairs": len(data.validation), "fingerprint": fingerprint}
+        setup.facts["data"] = {"source": data.source, "split": data.split_rule, **counted}
+        return data
+
+    def save(self, setup: Setup, name: str, results: dict[str, Any], *files: str) -> None:
+        """Write NAME.json atomically: the facts of `setup`, then the results. With names of figures, print them."""
+        write_text(setup.folder / f"{name}.json", json.dumps(setup.facts | {"results": results}, indent=2) + "\n")
+        if files:
+            print(f"\nSaved    {setup.folder}: {', '.join([f'{name}.json', *files])}")
 
 
-def _drawn(count: int, limit: int, seed: int) -> list[int]:
-    import numpy as np
-
-    return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())
-
-
-def line(name: str, rows: dict[str, dict[str, Any]], key: str = "value", n: int | str = "") -> list[str]:
-    """A row of a table: the result of each model with its interval, the chance level where there is one, n."""
-    chance = [row["chance"] for row in rows.values() if "chance" in row]
-    shown = f"{100 * chance[0]:.2g} %" if chance and chance[0] < 0.01 else f"{100 * chance[0]:.1f} %" if chance else ""
-    return [name, *(percent(row, key) for row in rows.values()), shown, f"{n:,}" if isinstance(n, int) else n]
+def share(scores: Tensor, groups: Tensor | None = None) -> dict[str, float]:
+    """Return {"value", "low", "high"}: the mean of `scores` (N,) and its 95 % interval, resampled by group (N,)."""
+    low, high = bootstrap_interval(scores, groups)
+    return {"value": scores.double().mean().item(), "low": low, "high": high}
 
 
-def save(setup: Setup, name: str, results: dict[str, Any]) -> None:
-    """NAME.json, whole or not at all: the facts, then the results."""
-    write_text(setup.folder / f"{name}.json", json.dumps(setup.facts | {"results": results}, indent=2) + "\n")
+def pick(results: Results, *keys: str) -> Results:
+    """Return model -> the entry of its results at the path `keys`."""
+    return {model: reduce(getitem, keys, result) for model, result in results.items()}
 
 
-def said(setup: Setup, *files: str) -> None:
-    """Tell what was written."""
-    print(f"\nSaved    {setup.folder}: {', '.join(files)}")
-
-
-def main(name: str, kind: type[Options], run: Callable[[Options], int]) -> int:
-    """Command line of an experiment: flags from the dataclass `kind`; returns the exit code."""
-    command = f"python -m experiments.{name}"
-    return command_line.exit_code(name, lambda: run(command_line.parse(kind, sys.argv[1:], command)))
+def main(experiment: type[Experiment]) -> int:
+    """Parse the flags of an experiment, perform it, and return the exit code."""
+    name = experiment.name
+    return cli.exit_code(name, lambda: cli.parse(experiment, sys.argv[1:], f"python -m experiments.{name}").perform())

@@ -24,13 +24,13 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from clip_medical.config import Config
 from clip_medical.data.batches import Pairs, prepare
-from clip_medical.data.phantoms import phantom
+from clip_medical.data.synthetic.phantoms import phantom
 from clip_medical.data.splits import Split
 from clip_medical.model import Clip, load_clip, place
-from clip_medical.training.contrastive import contrastive_backward
-from clip_medical.training.learner import Learner
+from clip_medical.training.grad_cache import contrastive_backward
+from clip_medical.training.optimizer import Learner
 from clip_medical.training.memory import keep_freed_memory
-from clip_medical.training.progress import timed
+from clip_medical.training.logging import timed
 from lora import LoRALinear, adapter_parameters, inject
 
 RANK, ALPHA, LR = 8, 16, 1e-4

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessor
 
-from clip_medical import command_line
+from clip_medical import cli
 from clip_medical.config import Config
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import as_text, environment
 from clip_medical.model import Clip, load_clip, place
-from clip_medical.runs import make_folder, write_text
-from clip_medical.training.contrastive import LOGITS, contrastive_backward
-from clip_medical.training.learner import Learner
+from clip_medical.run_folder import make_folder, write_text
+from clip_medical.training.grad_cache import LOGITS, contrastive_backward
+from clip_medical.training.optimizer import Learner
 from clip_medical.training.memory import GIB, keep_freed_memory, make_plan, memory_in_use, peak_memory
-from clip_medical.training.precision import choose_device
+from clip_medical.training.device import choose_device
 from experiments import figures
 from experiments.benchmark_parts import fresh_process
 from experiments.contenders import made_pairs, vit_b_32
@@ -191,7 +191,7 @@ def run(options: Options) -> int:
 
 def main() -> int:
     command = "python -m experiments.memory_curve"
-    return command_line.exit_code("memory_curve", lambda: run(command_line.parse(Options, sys.argv[1:], command)))
+    return cli.exit_code("memory_curve", lambda: run(cli.parse(Options, sys.argv[1:], command)))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     layer.py         the mathematics: y = W x + b + scaling * B A x, its initialisation, its merge
     inject.py        putting that layer into a model: plan, refuse, apply; and taking it out again
-    adapter_file.py  keeping the result: saving and strict loading in the layout of Hugging Face PEFT
+    peft_format.py   keeping the result: saving and strict loading in the layout of Hugging Face PEFT
 
 Only torch, safetensors and the standard library are imported, and nothing here knows what CLIP is.
 """
 
-from .adapter_file import load_adapter, save_adapter
 from .inject import adapter_parameters, count_parameters, disabled, inject, merge, remove, set_strength
 from .layer import LoRAError, LoRALinear, merged
+from .peft_format import load_adapter, save_adapter
 
 __all__ = [
     "LoRAError", "LoRALinear", "adapter_parameters", "count_parameters", "disabled", "inject", "load_adapter", "merge",

@@ -35,6 +35,7 @@ def inject(
     dropout: float = 0.0,
     rslora: bool = False,
     within: str | Sequence[str] | None = None,
+    layer: type[LoRALinear] = LoRALinear,
 ) -> list[str]:
     """Adapt every nn.Linear whose name is in `targets`, and freeze all other parameters of the model, in place.
 
@@ -43,6 +44,7 @@ def inject(
             neither "...q_proj_norm" nor "...mq_proj": a substring match would take them all.
         rank, alpha, dropout, rslora: as in LoRALinear, the same for every layer.
         within: keep to these dotted prefixes. "vision_model" holds "vision_model.x" but not "vision_model2.x".
+        layer: LoRALinear or a subclass, called as layer(base, rank, alpha, dropout, rslora).
 
     Returns: the dotted names of the adapted layers, in module order. Read them: they say what will be trained.
     Raises: LoRAError, with the model untouched, if a target or prefix matches nothing, a match is not an nn.Linear,
@@ -53,7 +55,7 @@ def inject(
     """
     plan, settings = _plan(model, targets, within), (rank, alpha, dropout, rslora)
     check_plan(model, plan, settings)
-    return apply_plan(model, plan, settings)
+    return apply_plan(model, plan, settings, layer)
 
 
 def _plan(model: nn.Module, targets: str | Sequence[str], within: str | Sequence[str] | None) -> dict[str, nn.Module]:
@@ -83,17 +85,24 @@ def check_plan(model: nn.Module, plan: Mapping[str, nn.Module], settings: Settin
         _named(name, check_layer, module, *settings)
 
 
-def apply_plan(model: nn.Module, plan: Mapping[str, nn.Module], settings: Settings) -> list[str]:
-    """Carry out a plan that has been checked, so that nothing is left to be refused. Returns the names."""
+def apply_plan(
+    model: nn.Module, plan: Mapping[str, nn.Module], settings: Settings, layer: type[LoRALinear] = LoRALinear
+) -> list[str]:
+    """Carry out a plan that has been checked. Returns the names."""
+    new = _build(model, plan, lambda base: layer(base, *settings))
     model.requires_grad_(False)  # embeddings, norms, temperature and all; the adapters come after and are trainable
-    return _swap(model, plan, lambda base: LoRALinear(base, *settings))
+    return _place(model, plan, new)
 
 
-def _swap(model: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[Any], nn.Module]) -> list[str]:
-    """Put make(layer) in the place of each layer, all of them made before the first is put in. Returns the names."""
+def _build(model: nn.Module, layers: Mapping[str, Any], make: Callable[[Any], nn.Module]) -> dict[nn.Module, nn.Module]:
+    """Return layer -> make(layer). Nothing is placed yet, so that an error in one leaves the model as it is."""
     if model in layers.values():
         raise LoRAError("the model is itself the layer: use LoRALinear(layer), layer.base or merged(layer)")
-    new = {layer: _named(name, make, layer) for name, layer in layers.items()}
+    return {layer: _named(name, make, layer) for name, layer in layers.items()}
+
+
+def _place(model: nn.Module, layers: Mapping[str, Any], new: Mapping[nn.Module, nn.Module]) -> list[str]:
+    """Put new[layer] in the place of each layer. Returns the names."""
     # Under all its names: a layer with two is one weight, used twice, and replaced under one it would become two.
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
@@ -124,15 +133,17 @@ def require_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def remove(model: nn.Module) -> list[str]:
     """Put the original layers back, the same objects, never written to; the model stays frozen. Returns the names."""
-    return _swap(model, require_layers(model), lambda layer: layer.base)
+    layers = require_layers(model)
+    return _place(model, layers, _build(model, layers, lambda layer: layer.base))
 
 
 def merge(model: nn.Module) -> list[str]:
     """Replace each LoRALinear by its `merged` nn.Linear: the adapted model, at the speed and size of the base.
 
-    Returns the names. Raises LoRAError, with the model untouched, if a merged weight is not finite.
+    Returns the names. Raises LoRAError, with the model untouched, if `merged` refuses a layer.
     """
-    return _swap(model, require_layers(model), merged)
+    layers = require_layers(model)
+    return _place(model, layers, _build(model, layers, merged))
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
@@ -160,23 +171,32 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every lora_A (r, in) and lora_B (out, r), each once, in module order: what belongs in the optimizer."""
-    return [matrix for layer in require_layers(model).values() for matrix in (layer.lora_A, layer.lora_B)]
+    """Every lora_A (r, in) and lora_B (out, r), each once, in module order: what belongs in the optimizer.
+
+    Of a subclass of LoRALinear also the parameters that it adds.
+    """
+    return [parameter for layer in require_layers(model).values() for parameter in own_parameters(layer).values()]
+
+
+def own_parameters(layer: LoRALinear) -> dict[str, nn.Parameter]:
+    """The parameters of a layer by name, without those of its base."""
+    return {name: parameter for name, parameter in layer.named_parameters() if not name.startswith("base.")}
 
 
 class ParameterCount(NamedTuple):
-    """How many numbers are trained, of how many."""
+    """Numbers of parameters."""
 
-    trainable: int  # numbers with requires_grad
-    total: int  # numbers in the base model, the adapters left out
+    trainable: int  # with requires_grad
+    total: int  # of the base model, adapters not included
     percent: float  # 100 * trainable / total
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count numbers, shared ones once; the total is what the base model's own paper says.
+    """Count parameters, shared ones once; the total is the one that the base model's own paper reports.
 
     CLIP ViT-B/32 with r = 8 on q_proj and v_proj of both towers: trainable 491,520, total 151,277,313, percent 0.32.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(("lora_A", "lora_B")))
+    added = sum(p.numel() for layer in lora_layers(model).values() for p in own_parameters(layer).values())
+    total = sum(p.numel() for p in model.parameters()) - added
     return ParameterCount(trainable, total, 100 * trainable / max(total, 1))

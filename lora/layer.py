@@ -43,6 +43,7 @@ Why does inference cost nothing extra?  W + scaling * B A has the shape of W; se
 
 import copy
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,15 @@ class LoRALinear(nn.Module):
         code that reads one and multiplies by itself, skipping the adapter, stops with an AttributeError.
     Shapes: x (..., in) -> y (..., out), in the dtype that the base returns.
     Raises: LoRAError for a base that is not a floating-point nn.Linear, or a setting out of range.
+
+    To extend: subclass, override `forward`, and give the class to `inject(model, layer=...)`. Parameters that it adds
+    are trained, counted and kept in checkpoints by themselves. Two more things are optional. Override `delta_weight` to
+    match the new forward, and `merged` works. State `peft_fields`, and `save_adapter` works.
     """
+
+    # How PEFT's files hold this layer: the tensor of each parameter, and the fields of adapter_config.json that say so.
+    peft_tensors: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    peft_fields: ClassVar[dict[str, object]] = {"peft_type": "LORA"}
 
     def __init__(
         self, base: nn.Linear, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rslora: bool = False
@@ -86,7 +95,7 @@ class LoRALinear(nn.Module):
         self.train(base.training)  # a new module is in train mode: in a model in eval mode its dropout would be live
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y: Tensor = self.base(x)
         if self.strength == 0:
             return y  # skipped, not multiplied by 0: 0 * NaN is NaN, and "off" has to be the base bit for bit
         # The casts happen here, to copies: a half-precision product, while autograd brings the gradient back to fp32.
@@ -114,21 +123,37 @@ def merged(layer: LoRALinear) -> nn.Linear:
 
     A pure function. Nothing is mutated, so there is no "merged" flag to go stale, no merging twice, no checkpoint saved
     while merged. Implementations that merge in place, or as a side effect of eval(), must subtract B A again to go on
-    training, and in floating point W + D - D is not W. Whoever wants the base back keeps the LoRALinear.
+    training, and in floating point W + D - D is not W. To get the base back, keep the LoRALinear.
 
     The sum is taken in fp32 and cast once to the base's dtype. That rounding is all that differs from the unmerged
     layer, but bf16 keeps 8 significant bits of W + B A, so what is finer than W / 256 is lost; an fp32 base keeps it.
 
     Returns: a frozen nn.Linear (in -> out) with its own copies, on the base's device, in its dtype and training mode.
-    Raises: LoRAError if the merged weight is not finite, as after diverged training or an overflow of fp16.
+    Raises: LoRAError if the layer's forward is not W x + b + delta_weight() x, as in a subclass or after an edit; and
+        if the merged weight is not finite, as after diverged training or an overflow of fp16.
     """
     weight, delta = layer.base.weight, layer.delta_weight()
     total = (weight + delta).to(weight.dtype)  # the sum of a half and an fp32 tensor is fp32
     if not torch.isfinite(total).all():
         raise LoRAError(f"found NaN or inf in the merged {weight.dtype}: use an earlier adapter, or a float32 base")
+    _check_merge(layer)
     new = copy.deepcopy(layer.base)
     new.weight.copy_(total)
     return new.requires_grad_(False).train(layer.training)
+
+
+def _check_merge(layer: LoRALinear) -> None:
+    """Compare forward with W x + b + delta_weight() x on random x, in fp32, whatever the layer's dtype."""
+    exact = copy.deepcopy(layer).float().eval()
+    x = torch.randn(16, exact.base.in_features, generator=torch.Generator().manual_seed(0)).to(exact.base.weight.device)
+    with torch.autocast(x.device.type, enabled=False):
+        expected = F.linear(x, exact.base.weight + exact.delta_weight(), exact.base.bias)
+        difference = (exact(x) - expected).norm() / expected.norm().clamp(min=1e-30)
+    if not difference < 1e-4:
+        raise LoRAError(
+            f"found a {type(layer).__name__} whose forward differs from W x + b + delta_weight() x by {difference:.1e} "
+            "of its norm, expected them equal: override delta_weight to match forward, or leave this layer unmerged"
+        )
 
 
 def check_layer(base: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool) -> None:

@@ -1,23 +1,48 @@
-"""Set before anything of the project is imported: no test may read or fill the user's own image cache, and all run on
-the CPU, from which the figures that they expect are, but for the processes that test_gpu.py starts."""
+"""Settings of the whole test run. The environment is set before anything of the project is imported.
+
+No test reads or fills the user's own image cache, and none uses the network: tests of the Hub talk to a local server
+(stand_in_hub.py). All tests run on the CPU, which the expected numbers come from, except the processes that test_gpu.py
+starts.
+"""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all
+ROOT = Path(__file__).resolve().parent.parent
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TQDM_DISABLE"] = "1"
+# Offline mode would also refuse the local server, so the default Hub is an address that nothing listens on instead.
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 
 
 @pytest.fixture
-def visible_gpus() -> "str | None":
-    """CUDA_VISIBLE_DEVICES as the user has it."""
-    return VISIBLE
+def visible_gpus() -> str | None:
+    """CUDA_VISIBLE_DEVICES as it was when pytest started."""
+    return VISIBLE_GPUS
 
 
 @pytest.fixture(scope="session", autouse=True)
-def image_cache() -> "object":
+def image_cache() -> Iterator[None]:
+    """Put the image cache into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIP_MEDICAL_CACHE", os.path.join(folder, "cache"))
-        yield folder
+        yield
+
+
+@pytest.fixture
+def project_copy(tmp_path: Path) -> Path:
+    """Copy the project, for tests that edit its files."""
+    copy, names = tmp_path / "project", ("lora", "clip_medical", "train.py")
+    copy.mkdir()
+    for name in names:
+        source = ROOT / name
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
+    return copy

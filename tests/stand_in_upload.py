@@ -1,31 +1,32 @@
-"""The stand-in Hub with what an upload needs beside: making a repository, large files (LFS), and commits.
+"""A local Hub that also accepts uploads: it creates repositories, stores large files (LFS), and applies commits.
 
-Whoever uploads must be logged in with the token that `environment` gives.
+Only the token that `environment` sets is accepted; without it, an upload gets status 401.
 """
 
 import base64
 import json
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
 
 from tests.stand_in_hub import Handler, StandInHub
 
-TOKEN = "hf_of_the_stand_in"
+TOKEN = "hf_test_token"
 UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
 
 class UploadHub(StandInHub):
-    """Keeps the repositories that are made in it in folders of `root`."""
+    """Store created repositories as folders below `root`."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root
-        self.visibility: dict[str, str] = {}  # of the repositories that were made here
-        self.large: dict[str, bytes] = {}  # SHA-256 -> content
+        self.visibility: dict[str, str] = {}  # repository -> "private" or "public"
+        self.large_files: dict[str, bytes] = {}  # SHA-256 -> content
         self.server.RequestHandlerClass = type("Bound", (UploadHandler,), {"hub": self})
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -33,6 +34,8 @@ class UploadHub(StandInHub):
 
 
 class UploadHandler(Handler):
+    """Answer the requests of an upload, and leave all others to Handler."""
+
     hub: UploadHub
 
     def answer(self) -> None:
@@ -42,30 +45,30 @@ class UploadHandler(Handler):
             return super().answer()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path, ""))
-        if self.command == "PUT":  # storage has addresses that need no login
-            self.hub.large[path.rpartition("/")[2]] = body
+        if self.command == "PUT":  # storage URLs are pre-signed, so they need no token
+            self.hub.large_files[path.rpartition("/")[2]] = body
             return self.send(200, b"")
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.send(401, b'{"error": "Invalid username or password."}')
         if upload and upload[2] == "commit":
             return self.commit_files(upload[1], [json.loads(line) for line in body.splitlines()])
-        asked = json.loads(body)
+        request = json.loads(body)
         if upload:
-            modes = {f["path"]: "lfs" if f["path"].endswith((".safetensors", ".onnx")) else "regular"
-                     for f in asked["files"]}  # fmt: skip
-            return self.json({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
+            return self.json({"files": [upload_mode(file["path"]) for file in request["files"]]})
         if batch:
-            where = {o["oid"]: {"upload": {"href": f"{self.hub.url}/storage/{o['oid']}"}} for o in asked["objects"]}
-            objects = [o | {"actions": where[o["oid"]]} for o in asked["objects"]]
-            return self.json({"transfer": "basic", "objects": objects})
+            return self.json({"transfer": "basic", "objects": [self.storage(o) for o in request["objects"]]})
         if path == "/api/validate-yaml":
-            yaml.safe_load(asked["content"].split("---")[1])  # a bad one breaks the connection
+            yaml.safe_load(request["content"].split("---")[1])  # invalid YAML closes the connection
             return self.json({"errors": [], "warnings": []})
-        return self.make(f"{asked['organization']}/{asked['name']}", asked.get("visibility", "public"))
+        return self.create(f"{request['organization']}/{request['name']}", request.get("visibility", "public"))
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def make(self, name: str, visibility: str) -> None:
+    def storage(self, lfs_object: dict[str, Any]) -> dict[str, Any]:
+        """Return the LFS object with the URL that its content is to be sent to."""
+        return lfs_object | {"actions": {"upload": {"href": f"{self.hub.url}/storage/{lfs_object['oid']}"}}}
+
+    def create(self, name: str, visibility: str) -> None:
         address = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.visibility:
             return self.send(409, json.dumps(address).encode())
@@ -74,14 +77,21 @@ class UploadHandler(Handler):
         self.hub.add("models", name, self.hub.root / name)
         self.json(address)
 
-    def commit_files(self, name: str, lines: list[dict]) -> None:
+    def commit_files(self, name: str, lines: list[dict[str, Any]]) -> None:
+        folder = self.hub.root / name
         for line in lines:
-            value = line["value"]
-            if line["key"] in ("file", "lfsFile"):
-                file = self.hub.root / name / value["path"]
-                file.parent.mkdir(parents=True, exist_ok=True)
-                large = line["key"] == "lfsFile"
-                file.write_bytes(self.hub.large[value["oid"]] if large else base64.b64decode(value["content"]))
+            if line["key"] not in ("file", "lfsFile"):
+                continue
+            value, file = line["value"], folder / line["value"]["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            is_large = line["key"] == "lfsFile"
+            file.write_bytes(self.hub.large_files[value["oid"]] if is_large else base64.b64decode(value["content"]))
         del self.hub.repositories["models", name]
-        commit = self.hub.add("models", name, self.hub.root / name)
+        commit = self.hub.add("models", name, folder)
         self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit})
+
+
+def upload_mode(path: str) -> dict[str, Any]:
+    """Say whether a file is uploaded through LFS or as part of the commit."""
+    is_large = path.endswith((".safetensors", ".onnx"))
+    return {"path": path, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}

@@ -41,7 +41,7 @@ def test_the_gradient_is_that_of_the_cpu_and_the_same_in_chunks(dropout: float, 
     code = f"""
 import torch
 from tests.training.test_contrastive import N, gradients, pairs, relative, small_clip
-from clip_medical.training.contrastive import contrastive_backward
+from clip_medical.training.grad_cache import contrastive_backward
 
 found = []
 for device, chunk, checkpointing in (("cpu", N, 0), ("cuda", N, 0), ("cuda", N, 1), ("cuda", 5, 0), ("cuda", 5, 1)):

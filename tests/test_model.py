@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel
 
 from clip_medical import load_clip, load_run
-from clip_medical.data.phantoms import phantom
+from clip_medical.data.synthetic.phantoms import phantom
 from clip_medical.errors import UserError
 from clip_medical.model import TINY, Clip
 
@@ -79,7 +79,7 @@ def test_a_forward_pass_of_training_carries_gradients(clip: Clip, pictures: list
 
 def test_the_tiny_clip_knows_shapes(clip: Clip) -> None:
     """Catches an asset that was not trained, or a tokenizer that does not belong to it."""
-    from clip_medical.data.shapes import SHAPES, scene
+    from clip_medical.data.synthetic.shapes import SHAPES, scene
 
     made = [scene(0, "held out", i) for i in range(60)]
     images = clip.encode_images([m.image for m in made])

@@ -174,7 +174,7 @@ def test_the_first_signal_is_a_wish_and_the_second_a_command(number: signal.Sign
 
 def test_a_full_disk_while_the_steps_are_written_is_one_sentence(tmp_path: Path) -> None:
     """Catches a traceback from metrics.jsonl, which grows at each step and so meets a full disk before all others."""
-    from clip_medical.training.progress import Progress
+    from clip_medical.training.logging import Progress
 
     record = {"step": 1, "loss": 2.5, "lr": 1e-3, "pairs_per_second": 9.0, "waiting": 0.1, "peak_gib": 1.0}
     with pytest.raises(UserError, match="metrics.jsonl cannot be written.*--resume"):
@@ -262,7 +262,7 @@ def test_fp16_does_not_skip_steps_for_ever(tmp_path: Path, monkeypatch: Any, cap
 
 def test_tensorboard_has_the_curves_or_says_how_to_get_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """Catches a flag that writes nothing, and an ImportError in the face of who has not installed it."""
-    from clip_medical.training.progress import Progress
+    from clip_medical.training.logging import Progress
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert run(monkeypatch, *SMALL, "--steps", "2", "--tensorboard", "--output", tmp_path / "run") == 2
@@ -384,7 +384,7 @@ def test_resume_refuses_another_configuration_by_name(
 
 def test_without_output_the_next_free_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a second `python train.py` that fails or writes over the first."""
-    from clip_medical.runs import choose_folder
+    from clip_medical.run_folder import choose_folder
 
     monkeypatch.chdir(tmp_path)
     names: list[Any] = []

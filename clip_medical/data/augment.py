@@ -1,7 +1,7 @@
-"""Training pictures turned, shifted and enlarged a little, anew in every epoch.
+"""Random rotation, shift and enlargement of training images, drawn anew in each epoch.
 
-Never mirrored: a heart on the right, or the finding on the other side, is another diagnosis. Never recoloured: grey
-levels are tissue.
+Images are never mirrored, because a heart on the right is a different diagnosis. Grey levels never change, because they
+encode tissue.
 """
 
 import numpy as np
@@ -9,30 +9,32 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-DEGREES = 7.5  # turned at most so far, either way
-SMALLEST = 0.9  # share of the picture's side that is left at least
+DEGREES = 7.5  # largest rotation, in either direction
+SMALLEST = 0.9  # smallest side of the visible square, as a fraction of the image's side
 
 
 def draw_views(count: int, seed: int, epoch: int) -> Tensor:
-    """(count, 4), each even in [0, 1): the angle, the size, and the place across and down of each row's view.
+    """Draw the random view of each of `count` rows in one epoch.
 
-    Decided by (seed, epoch) and the row alone, so that a resumed run, the second pass of a chunked step and each of
-    several processes see the same pixels; no generator of torch is touched.
+    Returns (count, 4), uniform in [0, 1): rotation angle, side of the square, its horizontal and its vertical position.
+    The values depend only on (seed, epoch) and the row, so that resumed runs and all ranks get the same pixels. The
+    generators of torch are not used.
     """
-    # (seed, epoch, 1), (seed, epoch, 2), ... draw the fragments; NumPy takes (seed, epoch, 0) for (seed, epoch)
+    # The seeds (seed, epoch, 1), (seed, epoch, 2), ... belong to fragments.py, and NumPy treats (seed, epoch, 0) like
+    # (seed, epoch), which orders the batches. A fourth number keeps all draws independent.
     return torch.from_numpy(np.random.default_rng((seed, epoch, 0, 1)).random((count, 4)))
 
 
 def augment(pixels: Tensor, views: Tensor) -> Tensor:
-    """(n, 3, S, S) uint8 and the (n, 4) views of these n pictures -> (n, 3, S, S) uint8, on the device of `pixels`.
+    """Cut a rotated square out of each image and resize it to full size, with one bilinear interpolation.
 
-    A random square of the picture, turned and brought to full size, in one interpolation. What a turned corner shows
-    from beyond the picture is black, as air is.
+    pixels: (n, 3, S, S) or (n, 1, S, S) uint8. views: the (n, 4) rows of `draw_views` for these images. Returns the
+    shape, dtype and device of `pixels`. Corners that the rotation moves outside the image are black, as air is.
     """
-    seen = []
-    for picture, (angle, side, across, down) in zip(pixels, views.tolist(), strict=True):
+    augmented = []
+    for image, (angle, side, horizontal, vertical) in zip(pixels, views.tolist(), strict=True):
         scale = 1 / (SMALLEST + (1 - SMALLEST) * side)
-        margin = (scale - 1) * pixels.shape[-1]  # by which the enlarged picture is wider than what is seen
-        turn, shift = DEGREES * (2 * angle - 1), [margin * (across - 0.5), margin * (down - 0.5)]
-        seen.append(functional.affine(picture, turn, shift, scale, [0.0, 0.0], InterpolationMode.BILINEAR))
-    return torch.stack(seen)
+        margin = (scale - 1) * pixels.shape[-1]  # pixels by which the enlarged image exceeds the visible square
+        degrees, shift = DEGREES * (2 * angle - 1), [margin * (horizontal - 0.5), margin * (vertical - 0.5)]
+        augmented.append(functional.affine(image, degrees, shift, scale, [0.0, 0.0], InterpolationMode.BILINEAR))
+    return torch.stack(augmented)

@@ -1,10 +1,11 @@
-"""Pictures and captions as tensors, and the order in which training meets them."""
+"""Image-caption pairs as tensors, and the order in which training meets them."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,13 @@ from clip_medical.config import Config
 from clip_medical.data.augment import augment, draw_views
 from clip_medical.data.cache import Cache, open_cache
 from clip_medical.data.fragments import fragments
+from clip_medical.data.processor import Processor
 from clip_medical.data.splits import Split
 from clip_medical.errors import UserError
-from clip_medical.model import Clip
 
 
 class CachedPixels:
-    """The pixels of N pictures, read from the cache when they are asked for."""
+    """The pixels of N images, read from the cache on disk when they are indexed."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -32,148 +33,170 @@ class CachedPixels:
         return len(self.cache)
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        """(n,) row numbers or a slice -> (n, 3, S, S) uint8; a view of one channel where all are grey. Where there is
-        a GPU in pinned memory, from which it takes them while it computes."""
+        """(n,) row numbers or a slice -> (n, 3, S, S) uint8; of grey images a view of one channel."""
         numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else rows.numpy()
-        pixels = torch.from_numpy(self.cache.read(numbers))
-        return (pixels.pin_memory() if torch.cuda.is_available() else pixels).expand(-1, 3, -1, -1)
+        return torch.from_numpy(self.cache.read(numbers)).expand(-1, 3, -1, -1)
 
-
-class Squares:
-    """Opens the pictures of a cache as PIL images, by row number of the cache."""
-
-    def __init__(self, cache: Cache | None = None) -> None:
-        self.cache = cache
-
-    def __call__(self, row: int) -> Image.Image:
-        if self.cache is None:
-            raise IndexError(row)
+    def image(self, row: int) -> Image.Image:
+        """One cached image, as CLIP sees it."""
         pixels = self.cache.read(np.array([row]))[0]
         return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-NO_ROWS = Split([], [], {}, Squares(), [])
+def _no_image(row: int) -> Image.Image:
+    raise IndexError(row)
+
+
+NO_ROWS = Split([], [], {}, _no_image, [])
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """N picture-caption pairs, ready for the model."""
+    """N image-caption pairs, ready for the model."""
 
     pixels: Tensor | CachedPixels  # pixels[rows]: (n, 3, S, S) uint8
-    tokens: Tensor  # (N, L) token ids, padded to the longest of all
-    lengths: Tensor  # (N,) tokens of each caption, with its start and end token
-    caption_ids: Tensor  # (N,) the same number where the caption is the same
-    image_ids: Tensor  # (N,) the same number where the picture is the same
+    tokens: Tensor  # (N, L) token ids, padded to the longest caption
+    lengths: Tensor  # (N,) tokens of each caption, with start and end token
+    caption_ids: Tensor  # (N,) equal numbers for equal captions
+    image_ids: Tensor  # (N,) equal numbers for equal pixels
     split: Split = NO_ROWS  # the N rows that the pairs were made from
-    summary: str = ""  # for a report: how many, how many of them more than once, cut, unreadable
-    ends_word: Tensor | None = None  # (V,) bool: a word ends with this token of the vocabulary; None: with each
-    text_ids: Tensor | None = None  # (N,) of fragments: the same number where the words are the same
-    weight: float = 1.0  # of the loss over these captions
-    fragments: "tuple[Pairs, ...]" = ()  # the same pairs, each caption cut to a few words, as wide: for a second loss
-    views: Tensor | None = None  # (N, 4) how each picture is augmented in this epoch
+    summary: str = ""  # for the log: how many images; repeated, cut and unreadable ones
+    ends_word: Tensor | None = None  # (V,) bool, whether a word ends with this token; None: with every token
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
-    def ids(self) -> list[Tensor]:
-        """Rows that agree in any of these are right for each other."""
-        return [ids for ids in (self.caption_ids, self.image_ids, self.text_ids) if ids is not None]
 
-    def pictures(self, rows: Tensor, device: torch.device) -> Tensor:
-        """(n,) row numbers -> (n, 3, S, S) uint8 on the device, as this epoch sees them."""
-        pixels = self.pixels[rows]
-        if pixels.stride(1) == 0:  # grey ones, one channel seen three times: once is enough on the way
-            pixels = pixels[:, :1].to(device, non_blocking=True).expand(-1, 3, -1, -1)
-        pixels = pixels.to(device, non_blocking=True)
-        return pixels if self.views is None else augment(pixels, self.views[rows])
+def prepare(split: Split, processor: Processor, name: str) -> Pairs:
+    """Decode each image of a split once into the cache on disk, on all cores, and tokenize the captions.
 
-    def in_epoch(self, config: Config, epoch: int) -> "Pairs":
-        """The pairs as an epoch reads them: with fragments of the captions and augmented pictures, where asked for."""
-        cuts = []
-        for number in range(config.fragments):
-            tokens, lengths = fragments(self.tokens, self.lengths, self.ends_word, config.seed, epoch, number)
-            ids = tokens.unique(dim=0, return_inverse=True)[1]
-            cuts.append(replace(self, tokens=tokens, lengths=lengths, text_ids=ids, weight=1 / config.fragments))
-        views = draw_views(len(self), config.seed, epoch) if config.augment else None
-        return replace(self, fragments=tuple(cuts), views=views)
-
-
-def prepare(split: Split, clip: Clip, name: str) -> Pairs:
-    """The pairs of a split: each picture decoded once, on all cores, into the cache on disk; captions tokenized.
-
-    Pictures that cannot be read are left out: `split` of the result is what remains, and opens the cached squares, so
-    that the source is not needed any more. name: what the progress bar calls the pictures.
+    Unreadable images are left out: `split` of the result holds the remaining rows and opens the cached images, so that
+    the source is not needed any more. name: label of the progress bar.
     """
-    cache = open_cache(split, clip.image_size, name)
-    kept = split.select(cache.rows.tolist())
-    tokens, lengths, cut = _tokens(clip, kept.captions, cache.folder)
-    captions, images = _numbered(kept.captions), torch.from_numpy(cache.image_ids)
+    cache = open_cache(split, processor.image_size, name)
+    readable = split.select(cache.rows.tolist())
+    tokens, lengths, cut = _tokens(processor, readable.captions, cache.folder)
+    numbers: dict[str, int] = {}
+    caption_ids = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in readable.captions])
+    image_ids = torch.from_numpy(cache.image_ids)
     summary = (
-        f"{len(kept):,} pictures in {cache.folder}; {_repeated(images):.1%} of them and {_repeated(captions):.1%} of "
-        "the captions are there more than once"
+        f"{len(readable):,} images in {cache.folder}, {_repeated(image_ids):.1%} of them repeated; "
+        f"{_repeated(caption_ids):.1%} of the captions repeated"
     )
     if cut:
-        summary += f"; {cut:,} captions cut to {clip.context_length} tokens"
-    if len(kept) < len(split):
-        summary += f"; {len(split) - len(kept):,} more were unreadable and left out, see unreadable.tsv there"
-    squares = Split(kept.captions, kept.ids, kept.labels, Squares(cache), kept.origins)
-    vocabulary = clip.tokenizer.convert_ids_to_tokens(list(range(len(clip.tokenizer))))
-    ends_word = torch.tensor([token.endswith("</w>") for token in vocabulary])  # as CLIP's tokenizer writes it
-    return Pairs(CachedPixels(cache), tokens, lengths, captions, images, squares, summary, ends_word)
+        summary += f"; {cut:,} captions cut to {processor.context_length} tokens"
+    if len(readable) < len(split):
+        summary += f"; {len(split) - len(readable):,} unreadable images left out, listed there in unreadable.tsv"
+    pixels = CachedPixels(cache)
+    rows = Split(readable.captions, readable.ids, readable.labels, pixels.image, readable.origins)
+    vocabulary = processor.tokenizer.convert_ids_to_tokens(list(range(len(processor.tokenizer))))
+    ends_word = torch.tensor([token.endswith("</w>") for token in vocabulary])  # how CLIP's tokenizer marks a word end
+    return Pairs(pixels, tokens, lengths, caption_ids, image_ids, rows, summary, ends_word)
 
 
-def _tokens(clip: Clip, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int]:
-    """Token ids, lengths, and how many captions were cut; kept beside the pixels by tokenizer and captions."""
-    backend = clip.tokenizer.backend_tokenizer.to_str()
-    key = hashlib.sha256(json.dumps([backend, clip.context_length, captions]).encode()).hexdigest()[:16]
+def _tokens(processor: Processor, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int]:
+    """Token ids, lengths, and the number of captions that were cut; cached beside the pixels, by tokenizer and text."""
+    backend = processor.tokenizer.backend_tokenizer.to_str()
+    key = hashlib.sha256(json.dumps([backend, processor.context_length, captions]).encode()).hexdigest()[:16]
     path = folder / f"tokens-{key}.safetensors"
     if not path.is_file():
-        ids, lengths = clip.tokens(captions)
-        full = [captions[i] for i in (lengths == clip.context_length).nonzero().flatten().tolist()]
-        cut = (
-            sum(len(ids) > clip.context_length for ids in clip.tokenizer(full, verbose=False)["input_ids"])
-            if full
-            else 0
-        )
+        ids, lengths = processor.tokens(captions)
+        full = [captions[row] for row in (lengths == processor.context_length).nonzero().flatten().tolist()]
+        uncut = processor.tokenizer(full, verbose=False)["input_ids"] if full else []
+        cut = sum(len(tokens) > processor.context_length for tokens in uncut)
         part = path.with_suffix(f".{os.getpid()}")
         save_file({"ids": ids.int(), "lengths": lengths, "cut": torch.tensor(cut)}, part)
         part.replace(path)
-    found = load_file(path)
-    return found["ids"].long(), found["lengths"], int(found["cut"])
-
-
-def _numbered(values: list[str]) -> Tensor:
-    """(N,) int64: equal values get equal numbers."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
+    stored = load_file(path)
+    return stored["ids"].long(), stored["lengths"], int(stored["cut"])
 
 
 def _repeated(ids: Tensor) -> float:
-    """The share of rows whose number some other row has too."""
+    """The share of rows whose number occurs more than once."""
     return (ids.bincount()[ids] > 1).double().mean().item()
 
 
-def row_batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
-    """Row numbers of one batch after another, without end, beginning with batch number `start`.
+@dataclass(frozen=True)
+class Captions:
+    """One text for each pair of a batch: its caption, or a fragment of it."""
 
-    Each epoch is a new permutation drawn from (seed, epoch) alone, so any position can be found again after a stop.
-    The rows left over when the batches do not fill an epoch sit that epoch out: a smaller batch has fewer negatives.
+    tokens: Tensor  # (n, L), of the pairs that this process encodes
+    lengths: Tensor  # (n,)
+    ids: list[Tensor]  # each (N,), of the whole batch: pairs that agree in any of these are positives of each other
+    weight: float = 1.0  # of the loss over these texts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A contrastive batch of N pairs, in memory, of which this process encodes n (all N on a single process)."""
+
+    rows: Tensor  # (N,) row numbers in the pairs
+    pixels: Tensor  # (n, 3, S, S) uint8
+    captions: list[Captions]  # the captions, then the fragments
+
+
+class Epoch:
+    """The pairs as one epoch reads them: with fragments of the captions and augmented images, where configured."""
+
+    def __init__(self, pairs: Pairs, config: Config, number: int) -> None:
+        self.pairs = pairs
+        self.fragments = [
+            fragments(pairs.tokens, pairs.lengths, pairs.ends_word, config.seed, number, which)
+            for which in range(config.fragments)
+        ]
+        self.views = draw_views(len(pairs), config.seed, number) if config.augment else None
+
+    def batch(self, rows: Tensor, rank: int = 0, world_size: int = 1) -> Batch:
+        """Load the pairs `rows` (N,); process `rank` of `world_size` encodes its N / world_size neighbours of them."""
+        pairs, own = self.pairs, rows.split(len(rows) // world_size)[rank]
+        pixels = pairs.pixels[own]
+        if self.views is not None:
+            pixels = augment(pixels, self.views[own])
+        if torch.cuda.is_available():
+            pixels = pixels.pin_memory()
+        ids = [pairs.caption_ids[rows], pairs.image_ids[rows]]
+        captions = [Captions(pairs.tokens[own], pairs.lengths[own], ids)]
+        for tokens, lengths in self.fragments:
+            equal_texts = tokens[rows].unique(dim=0, return_inverse=True)[1]
+            captions.append(Captions(tokens[own], lengths[own], [*ids, equal_texts], 1 / len(self.fragments)))
+        return Batch(rows, pixels, captions)
+
+
+def row_batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Yield the row numbers of one batch after another, without end, beginning with batch number `start`.
+
+    Each epoch is a permutation drawn from (seed, epoch) alone, so any position can be found again after a stop. Rows
+    left over when the batches do not fill an epoch sit that epoch out: a smaller batch would have fewer negatives.
     """
     batches_per_epoch = count // batch_size
     if not batches_per_epoch:
-        raise UserError(f"only {count} pairs could be read, too few for a batch of {batch_size}: lower --batch-size.")
+        raise UserError(f"Only {count} pairs could be read, too few for a batch of {batch_size}. Lower --batch-size.")
     for epoch in range(start // batches_per_epoch, 2**62):
         order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
         first = start % batches_per_epoch if epoch == start // batches_per_epoch else 0
         yield from order[: batches_per_epoch * batch_size].split(batch_size)[first:]
 
 
-def epochs(pairs: Pairs, rows: Tensor, config: Config, start: int) -> Iterator[tuple[Pairs, Tensor]]:
-    """The batches of `rows` from number `start` on, without end, each with the pairs as its epoch reads them."""
+def batches(
+    pairs: Pairs, config: Config, start: int = 0, rank: int = 0, world_size: int = 1, rows: Tensor | None = None
+) -> Iterator[Batch]:
+    """Yield the batches of training from number `start` on, without end, each loaded while the one before is used.
+
+    rows: train on these rows only. rank, world_size: see Epoch.batch.
+    """
+    rows = torch.arange(len(pairs)) if rows is None else rows
     per_epoch = len(rows) // config.batch_size
-    read = pairs
-    for step, batch in enumerate(row_batches(len(rows), config.batch_size, config.seed, start), start):
-        if step == start or step % per_epoch == 0:
-            read = pairs.in_epoch(config, step // per_epoch)
-        yield read, rows[batch]
+
+    def load() -> Iterator[Batch]:
+        for step, places in enumerate(row_batches(len(rows), config.batch_size, config.seed, start), start):
+            if step == start or step % per_epoch == 0:
+                epoch = Epoch(pairs, config, step // per_epoch)
+            yield epoch.batch(rows[places], rank, world_size)
+
+    loader = load()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, loader)
+        while True:
+            batch = following.result()
+            following = thread.submit(next, loader)
+            yield batch

@@ -1,277 +1,205 @@
-"""Every image is decoded once in its life: the first pass writes what CLIP sees of it, all later epochs read that.
+"""Image cache: decode every image once, and store the pixels that CLIP needs in one file per split and image size.
 
-    <root>/<key>/pixels.bin         one record an image: S * S bytes where it is grey, 3 * S * S where it is coloured
-                 index.safetensors  which rows of the split these are, where their records lie, which of them are equal
-                 unreadable.tsv     the rows that are missing, each with its reason
-                 about.json         what the cache was made from
-                 journal.jsonl      how far the first pass has come: a line for each 256 images
-    <root>/<key>.part/              the same while the first pass is on its way
+Decoding takes longer than a training step on a GPU, so later epochs and later runs read the decoded pixels.
 
-The key is a hash over all that the pixels depend on: where each image lies and in which version, the size, the code
-that decodes and the libraries that it uses. Whatever changes makes another key, so no cache can be out of date.
-A pass that was killed goes on after the last line of its journal; when it is complete the folder gets its final name in
-one step. Nothing here needs torch.
+    <root>/<key>/pixels.bin      one record per image: S * S bytes if it is grey, 3 * S * S bytes if it has colour
+                 index.jsonl     the records in the order of pixels.bin, one line for each 256 of them
+                 unreadable.tsv  the images that could not be decoded, with the reason
+                 about.json      what the cache was made from
+    <root>/<key>.part/           the same, while the first pass is running
+
+The key is a hash of FORMAT, the image size and the origin of each image (its path or shard, size and time of change).
+After a kill the first pass continues after the last complete line of the index. When all images are decoded, the
+folder is renamed to its final name, so an incomplete cache is never read.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from importlib.metadata import version
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from clip_medical.data import dicom, images, png
 from clip_medical.data.images import UnreadableImage, resize_and_crop
 from clip_medical.data.splits import Split
 from clip_medical.errors import UserError
 
+# Part of the key: raise it with any change to the decoded pixels (images.py, dicom.py) or to the files of the cache.
+# tests/data/test_images.py compares the pixels with recorded hashes. Versions of libraries are not part of the key,
+# because a routine update of Pillow would then decode every dataset again.
+FORMAT = 2
 ROOT_VARIABLE = "CLIP_MEDICAL_CACHE"
-FORMAT = 1
-PART = 256  # images between two lines of the journal: what a kill can cost
-RUN = 16  # images that a thread decodes before it wakes the writer, who takes its core and the interpreter's lock
-PATIENCE = 3.0  # seconds of waiting for another process before the user is told
-TOLERATED = 0.02  # share of unreadable images above which a run stops: that is no accident any more
-T = TypeVar("T")
+PART = 256  # images per line of the index, which are the most that a kill can lose
+UNREADABLE_LIMIT = 0.02  # fraction of the images; more than that points to a problem of the whole dataset
+
+
+class Record(NamedTuple):
+    """One image in the index."""
+
+    row: int  # of the split
+    offset: int  # of the first byte in pixels.bin
+    channels: int  # 1 or 3; 0 if the image is unreadable
+    digest: str  # hash of the pixels
+    error: str  # why the image is unreadable
+
+
+Decoded = tuple[int, np.ndarray, str]  # row, pixels (channels, S, S), error
 
 
 class Cache:
-    """The N readable images of a split, in its order, as CLIP's uint8 squares on disk."""
+    """The N readable images of a split, in its order, as uint8 squares of S x S pixels on disk."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        index = load_file(folder / "index.safetensors")
+        records = sorted(record for record in _read_index(folder) if record.channels)
         self.folder, self.size = folder, size
-        self.rows: np.ndarray = index["rows"]  # (N,) int64, rising: row of the split
-        self.offsets: np.ndarray = index["offsets"]  # (N,) int64: byte of pixels.bin where the record begins
-        self.channels: np.ndarray = index["channels"]  # (N,) uint8: 1 or 3
-        self.image_ids: np.ndarray = index["image_ids"]  # (N,) int64: the same number where the pixels are the same
-        self._file = open(folder / "pixels.bin", "rb", buffering=0)
+        self.rows = np.array([record.row for record in records], np.int64)  # (N,) rows of the split, ascending
+        self.offsets = np.array([record.offset for record in records], np.int64)  # (N,) first bytes in pixels.bin
+        self.channels = np.array([record.channels for record in records], np.uint8)  # (N,) 1 or 3
+        # (N,) int64, equal for images with identical pixels
+        self.image_ids = np.unique([record.digest for record in records], return_inverse=True)[1]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """(n,) row numbers -> (n, 3, S, S) uint8, or (n, 1, S, S) where all of them are grey.
+        """Read the images at `rows` (n,) of the cache -> (n, 3, S, S) uint8, or (n, 1, S, S) if all of them are grey.
 
-        Read and not mapped: the pages of a mapping count as memory of this process, and would grow to the whole file.
-        preadv has no file position, so that threads and forked processes may share the open file.
+        Not a memory map, because mapped pages count as memory of this process. Each call opens the file, because
+        threads and forked workers must not share a file position.
         """
         channels = int(self.channels[rows].max(initial=1))
-        out = np.empty((len(rows), channels, self.size, self.size), np.uint8)
-        for square, row in zip(out, rows, strict=True):
-            os.preadv(self._file.fileno(), [square[: self.channels[row]].data], int(self.offsets[row]))
-            square[self.channels[row] :] = square[0]  # a grey picture among coloured ones
-        return out
-
-
-def cache_root() -> Path:
-    """The folder of all caches: $CLIP_MEDICAL_CACHE, or clip-medical in the user's cache directory."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "clip-medical"
-    return Path(os.environ.get(ROOT_VARIABLE) or usual).expanduser()
-
-
-def open_cache(split: Split, size: int, name: str) -> Cache:
-    """The images of a split as `size` x `size` squares; decoded now, on all cores, if that was never done before.
-
-    name: what the progress bar calls them. Raises UserError if more than 2 % of the images cannot be read (fewer are
-    left out and listed in unreadable.tsv), if there is not enough space, or if the folder cannot be written.
-    """
-    folder = cache_root() / cache_key(split, size)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not folder.is_dir():
-            with _lock(folder, name):  # of two processes one does the work
-                if not folder.is_dir():
-                    _first_pass(split, size, name, folder)
-        return Cache(folder, size)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"the image cache {error.filename or folder} cannot be used ({reason}): "
-            f"set {ROOT_VARIABLE} to a folder on a disk with space that you may write to."
-        ) from error
+        images = np.empty((len(rows), channels, self.size, self.size), np.uint8)
+        with open(self.folder / "pixels.bin", "rb", buffering=0) as file:
+            for image, row in zip(images, rows, strict=True):
+                file.seek(int(self.offsets[row]))
+                file.readinto(image[: self.channels[row]].data)
+                image[self.channels[row] :] = image[0]  # a grey image among coloured ones
+        return images
 
 
 def cache_key(split: Split, size: int) -> str:
-    """16 hexadecimal digits that change with anything that the pixels depend on."""
-    has_dicom = importlib.util.find_spec("pydicom") is not None
-    facts = {
-        "format": FORMAT,
-        "size": size,
-        "code": [Path(module.__file__ or "").read_text() for module in (images, dicom, png)],
-        "libraries": [version("Pillow"), version("isal"), version("pydicom") if has_dicom else None],
-        "origins": split.origins,
-    }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    """Return 16 hexadecimal digits that identify the images of a split at this size."""
+    return hashlib.sha256(json.dumps([FORMAT, size, split.origins]).encode()).hexdigest()[:16]
 
 
-def _lock(folder: Path, name: str) -> AcquireReturnProxy:
-    """For one process at a time; the death of that process frees it."""
+def open_cache(split: Split, size: int, name: str) -> Cache:
+    """Open the cache of a split's images at `size` x `size` pixels. If there is none, decode them first, on all cores.
+
+    name: of the split, for the progress bar. Raises UserError if more than 2 % of the images cannot be decoded (fewer
+    are left out and listed in unreadable.tsv), if the disk is too small or if the folder is not writable.
+    """
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = Path(os.environ.get(ROOT_VARIABLE) or f"{user_cache}/clip-medical").expanduser()
+    folder = root / cache_key(split, size)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            with _lock(folder, name):
+                if not folder.is_dir():  # otherwise the process that held the lock has created it
+                    _first_pass(split, size, name, folder)
+        return Cache(folder, size)
+    except OSError as error:
+        raise UserError(
+            f"The image cache {error.filename or folder} cannot be used ({error.strerror or error}). "
+            f"Set {ROOT_VARIABLE} to a writable folder on a disk with enough space."
+        ) from error
+
+
+def _lock(folder: Path, name: str) -> AcquireReturnProxy[Any]:
+    """Acquire the lock of a cache. The operating system releases it if this process dies."""
     lock = FileLock(folder.with_suffix(".lock"))
     try:
-        return lock.acquire(timeout=PATIENCE)
+        return lock.acquire(blocking=False)
     except Timeout:
-        print(f"The {name} images are just being read by another process: waiting for it.", file=sys.stderr)
+        print(f"The {name} images are being read by another process. Waiting for it to finish.", file=sys.stderr)
         return lock.acquire()
 
 
-# ---- the first pass
-
-
-class Part(NamedTuple):
-    """One line of the journal: so many rows more are decoded, and pixels.bin is this long."""
-
-    end: int
-    channels: list[int]  # of each row, in reading order; 0: unreadable
-    digests: list[str]  # of each row's pixels; "" where unreadable
-    unreadable: list[list[Any]]  # row of the split, reason
-
-
 def _first_pass(split: Split, size: int, name: str, folder: Path) -> None:
+    """Decode all images into <folder>.part, continue an earlier pass that was killed, and rename the folder."""
+
+    def decode(row: int) -> Decoded:
+        try:
+            square = np.atleast_3d(resize_and_crop(split.open_image(row), size))
+        except UnreadableImage as error:
+            return row, np.empty((0, size, size), np.uint8), str(error)
+        return row, np.ascontiguousarray(square.transpose(2, 0, 1)), ""
+
     part_folder = folder.with_suffix(".part")
     part_folder.mkdir(exist_ok=True)
-    # in the order in which they lie on disk or in their shards, where neighbours cost one access
+    # In the order of their origins, consecutive images are close on disk or share a row group of a Parquet shard.
     order = sorted(range(len(split)), key=split.origins.__getitem__)
-    parts = _read_journal(part_folder / "journal.jsonl")
-    done = sum(len(part.channels) for part in parts)
+    # Threads are enough, because Pillow releases the GIL to decode and resize. One per core that this process may use.
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     with (
+        open(part_folder / "index.jsonl", "ab") as index,
         open(part_folder / "pixels.bin", "ab") as pixels,
-        open(part_folder / "journal.jsonl", "a") as journal,
-        ThreadPoolExecutor(_cores()) as pool,  # Pillow decodes and resizes without the interpreter's lock
-        closing(_in_order(pool, lambda row: _square(split, size, row), order[done:])) as squares,
-        tqdm(initial=done, total=len(order), desc=f"{name} images", unit="image", leave=False) as bar,
+        tqdm(total=len(order), desc=f"{name} images", unit="image", leave=False) as bar,
     ):
-        pixels.seek(pixels.truncate(parts[-1].end if parts else 0))
-        for start in range(done, len(order), PART):
-            _check_space(folder, len(order) - start, size, parts)
-            parts.append(_write_part(order[start : start + PART], squares, pixels, journal, bar))
-            _check_readable(split, parts, part_folder)
-    _publish(split, order, parts, part_folder, folder, size)
-
-
-def _square(split: Split, size: int, row: int) -> np.ndarray | str:
-    """(1, S, S) or (3, S, S) uint8, or the reason why there is none."""
-    try:
-        image = split.open_image(row)
-    except UnreadableImage as error:
-        return str(error)
-    square = resize_and_crop(image, size)
-    return square[None] if square.ndim == 2 else np.ascontiguousarray(square.transpose(2, 0, 1))
-
-
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[int], T], rows: list[int]) -> Generator[T, None, None]:
-    """Results in order, a part of them waiting, or two runs a core: Executor.map would begin, and keep, all it can."""
-    waiting: deque[Future[list[T]]] = deque()
-    stopped = Event()
-
-    def work_on(run: list[int]) -> list[T]:
-        return [work(row) for row in run if not stopped.is_set()]
-
-    try:
-        for start in range(0, len(rows), RUN):
-            waiting.append(pool.submit(work_on, rows[start : start + RUN]))
-            if len(waiting) >= max(PART // RUN, 2 * _cores()):
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    finally:  # after an error or Ctrl-C
-        stopped.set()
-        for future in waiting:
-            future.cancel()
-
-
-def _write_part(rows: list[int], squares: Iterator[np.ndarray | str], pixels: Any, journal: Any, bar: tqdm) -> Part:
-    part = Part(0, [], [], [])
-    for row in rows:
-        square = next(squares)
-        if isinstance(square, str):
-            part.unreadable.append([row, square])
-        else:
-            pixels.write(square)
-        part.channels.append(0 if isinstance(square, str) else len(square))
-        part.digests.append("" if isinstance(square, str) else hashlib.blake2b(square.data, digest_size=16).hexdigest())
-        bar.update()
-    _to_disk(pixels)  # before the journal says so
-    part = part._replace(end=pixels.tell())
-    journal.write(json.dumps(part) + "\n")
-    _to_disk(journal)
-    return part
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _read_journal(path: Path) -> list[Part]:
-    """The parts that are complete. What follows the last line break was cut off by a kill, and is removed."""
-    if not path.is_file():
-        return []
-    whole = path.read_text().rpartition("\n")
-    os.truncate(path, len((whole[0] + whole[1]).encode()))
-    return [Part(*json.loads(line)) for line in whole[0].splitlines()]
-
-
-def _check_space(folder: Path, left: int, size: int, parts: list[Part]) -> None:
-    """Stop while there is still space: before the first image as if all were grey, then by the share that is not."""
-    done = sum(len(part.channels) for part in parts)
-    need = left * (parts[-1].end / done if parts else size * size)
-    free = shutil.disk_usage(folder.parent).free
-    if need > free:
-        raise UserError(
-            f"{left:,} images need about {need / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free: "
-            f"make space there, or set {ROOT_VARIABLE} to a folder on a larger disk."
-        )
-
-
-def _check_readable(split: Split, parts: list[Part], part_folder: Path) -> None:
-    bad = sorted(entry for part in parts for entry in part.unreadable)
-    if len(bad) <= TOLERATED * len(split):
-        return
-    listed = part_folder.with_suffix(".unreadable.tsv")
-    _write_unreadable(split, bad, listed)
-    shutil.rmtree(part_folder)  # else the next start would believe the journal, whatever was mended
-    some = "; ".join(reason.rstrip(".") for _, reason in bad[:3])
-    raise UserError(
-        f"{len(bad)} images of the first {sum(len(p.channels) for p in parts):,} cannot be read, more than "
-        f"{TOLERATED:.0%} of all {len(split):,}: {some}; see {listed}, then mend these images or take out their rows."
-    )
-
-
-def _write_unreadable(split: Split, bad: list[list[Any]], path: Path) -> None:
-    path.write_text("".join(f"{split.ids[row]}\t{reason}\n" for row, reason in bad))
-
-
-def _publish(split: Split, order: list[int], parts: list[Part], part_folder: Path, folder: Path, size: int) -> None:
-    in_order = np.argsort(np.array(order, np.int64))  # reading order -> order of the split
-    channels = np.array([c for part in parts for c in part.channels], np.uint8)
-    offsets = np.cumsum(np.concatenate([[0], channels[:-1].astype(np.int64) * size * size]))
-    digests = np.array([d for part in parts for d in part.digests])
-    rows = np.flatnonzero(channels[in_order])
-    kept = in_order[rows]
-    index = {"rows": rows, "offsets": offsets[kept], "channels": channels[kept]}
-    index["image_ids"] = np.unique(digests[kept], return_inverse=True)[1]
-    bad = sorted(entry for part in parts for entry in part.unreadable)
-    about = {"images": len(rows), "unreadable": len(bad), "size": size, "first": split.origins[order[0]],
-             "last": split.origins[order[-1]]}  # fmt: skip
-    save_file({name: np.ascontiguousarray(values) for name, values in index.items()}, part_folder / "index.safetensors")
-    _write_unreadable(split, bad, part_folder / "unreadable.tsv")
+        index.truncate((part_folder / "index.jsonl").read_bytes().rfind(b"\n") + 1)  # a kill can cut off the last line
+        records = _read_index(part_folder)
+        pixels.seek(pixels.truncate(size * size * sum(record.channels for record in records)))
+        bar.update(len(records))
+        _check(split, records, size, part_folder)
+        try:
+            upcoming = pool.map(decode, order[len(records) : len(records) + PART])
+            for start in range(len(records), len(order), PART):
+                # Decode the next part while this one is written, but no further ones, which would fill the memory.
+                current, upcoming = upcoming, pool.map(decode, order[start + PART : start + 2 * PART])
+                records += _write_part(current, pixels, index, bar)
+                _check(split, records, size, part_folder)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, do not decode the images in the queue
+    about = {"images": len(order), "size": size, "first": split.origins[order[0]], "last": split.origins[order[-1]]}
     (part_folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     os.rename(part_folder, folder)
 
 
-def _cores() -> int:
-    """Those that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _write_part(images: Iterator[Decoded], pixels: BinaryIO, index: BinaryIO, bar: "tqdm[None]") -> list[Record]:
+    records = []
+    for row, image, error in images:
+        digest = hashlib.blake2b(image.data, digest_size=16).hexdigest()
+        records.append(Record(row, pixels.tell(), len(image), digest, error))
+        pixels.write(image.data)
+        bar.update()
+    # First the pixels, then the index: it must not list pixels that a power failure can lose.
+    for file, data in ((pixels, b""), (index, json.dumps(records).encode() + b"\n")):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return records
+
+
+def _read_index(folder: Path) -> list[Record]:
+    lines = (folder / "index.jsonl").read_bytes().splitlines()
+    return [Record(*record) for line in lines for record in json.loads(line)]
+
+
+def _check(split: Split, records: list[Record], size: int, part_folder: Path) -> None:
+    """List the unreadable images, and raise UserError if they are too many or the disk is too small for the others."""
+    errors = sorted((record.row, record.error) for record in records if not record.channels)
+    listing = part_folder / "unreadable.tsv"
+    listing.write_text("".join(f"{split.ids[row]}\t{error}\n" for row, error in errors), encoding="utf-8")
+    if len(errors) > UNREADABLE_LIMIT * len(split):
+        for name in ("index.jsonl", "pixels.bin"):
+            os.truncate(part_folder / name, 0)  # the next start has to decode repaired images again
+        raise UserError(
+            f"{len(errors)} of the first {len(records):,} images cannot be read, more than "
+            f"{100 * UNREADABLE_LIMIT:g} % of all {len(split):,}. {' '.join(error for _, error in errors[:3])} "
+            f"Repair or remove the images listed in {listing}."
+        )
+    # Before the first image is decoded, all are assumed to be grey.
+    bytes_per_image = (part_folder / "pixels.bin").stat().st_size / len(records) if records else size * size
+    needed, free = (len(split) - len(records)) * bytes_per_image, shutil.disk_usage(part_folder).free
+    if needed > free:
+        raise UserError(
+            f"The remaining images need about {needed / 1e9:.1f} GB in {part_folder.parent}, but only "
+            f"{free / 1e9:.1f} GB are free. Free some space there, or set {ROOT_VARIABLE} to a folder on a larger disk."
+        )

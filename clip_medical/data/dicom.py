@@ -1,6 +1,6 @@
-"""DICOM -> the 8-bit pixels that a radiologist would be shown.
+"""Decode DICOM files to 8-bit pixels, with the rescaling and the window that a viewer applies.
 
-Needs pydicom, an optional extra: `pip install 'clip-medical-lora[dicom]'`.
+Needs pydicom, an optional dependency: `pip install 'clip-medical-lora[dicom]'`.
 """
 
 import io
@@ -9,33 +9,27 @@ import numpy as np
 from PIL import Image
 
 
-def is_dicom(data: bytes) -> bool:
-    """Whether these are the first bytes of a DICOM file (PS3.10: a preamble of 128 bytes, then DICM)."""
-    return data[128:132] == b"DICM"
-
-
 def read_dicom(data: bytes) -> Image.Image:
-    """The image of a DICOM file, mode "L" or "RGB"; of several frames the middle one: a volume begins and ends in air.
+    """Decode a DICOM file to mode "L" or "RGB". Of several frames take the middle one, as volumes begin and end in air.
 
-    Stored values become the scanner's units (rescale slope and intercept, or modality LUT), then grey levels as the
-    file wishes (VOI LUT or its first window; without one from the smallest value to the largest). MONOCHROME1, where
-    0 is white, is inverted. Raises ValueError without pydicom, and whatever pydicom raises on a damaged file.
+    The modality LUT (or rescale slope and intercept) maps stored values to units such as HU. The VOI LUT, the first
+    window or else the range of the image maps these to grey levels. MONOCHROME1, in which 0 is white, is inverted.
+    Raises ModuleNotFoundError without pydicom, and on a damaged file whatever pydicom raises.
     """
-    try:
-        import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
-    except ImportError as error:
-        raise ValueError("it is a DICOM file, to read which pip install 'clip-medical-lora[dicom]'") from error
+    import pydicom
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut, apply_windowing
+    from pydicom.pixels.utils import pixel_array
+
     dataset = pydicom.dcmread(io.BytesIO(data))
     frames = int(dataset.get("NumberOfFrames") or 1)
     stored = pixel_array(dataset, index=frames // 2)
-    if stored.ndim == 3:  # colour, which pixel_array has already turned into RGB; it has no window
+    if stored.ndim == 3:  # colour, which pixel_array has converted to RGB; colour images have no window
         return Image.fromarray((stored >> max(int(dataset.BitsStored) - 8, 0)).astype(np.uint8))
     units = apply_modality_lut(stored, dataset)
     values = apply_voi_lut(units, dataset).astype(np.float64)
     if dataset.get("VOILUTSequence"):
         low, high = 0.0, 2.0 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
-    elif "WindowCenter" in dataset:  # what the window makes of values far below and far above it
+    elif "WindowCenter" in dataset:  # the output range of the window: its values far below and far above the window
         low, high = apply_windowing(np.array([-1e9, 1e9]), dataset)
     else:
         low, high = values.min(), values.max()

@@ -1,53 +1,82 @@
-"""The rows of one split of a data set, and how some are held out where the source has no split of its own."""
+"""Splits of a dataset: their rows, their usual names, and the validation rows drawn where a source has none."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from PIL import Image
 
 from clip_medical.errors import UserError
 
+# Names of splits in real datasets, in lower case. Other spellings are added here.
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_NAMES |= dict.fromkeys(["validation", "valid", "val", "dev"], "validation")
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one split: N captions, what is known of each, and a way to open each image."""
+    """N rows of one split: captions, labels, and a function that opens the images."""
 
     captions: list[str]  # N, non-empty, stripped
-    ids: list[str]  # N, unique: what an error message calls the row (file name, image_id or row number)
+    ids: list[str]  # N, unique names for messages: file name, image_id or row number
     labels: dict[str, list[str]]  # facet -> N labels, "" where unknown; only the facets that the source has
     open_image: Callable[[int], Image.Image]  # row -> "L" or "RGB", upright; UnreadableImage names a damaged one
-    origins: list[str]  # N: where the pixels of each row come from, in which version; they sort as they lie on disk
+    origins: list[str]  # N: location and version of each row's pixels; sorted, they follow the order on disk
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def select(self, indices: Sequence[int]) -> "Split":
-        """The rows at `indices`, in that order."""
-        labels = {facet: [values[i] for i in indices] for facet, values in self.labels.items()}
-        opener = partial(_open_selected, self.open_image, list(indices))
-        captions, ids, origins = ([one[i] for i in indices] for one in (self.captions, self.ids, self.origins))
-        return Split(captions, ids, labels, opener, origins)
+        """Return the rows at `indices`, in that order."""
+        captions, ids, origins = ([column[i] for i in indices] for column in (self.captions, self.ids, self.origins))
+        labels = {facet: [column[i] for i in indices] for facet, column in self.labels.items()}
+        return Split(captions, ids, labels, partial(_open_selected, self.open_image, list(indices)), origins)
 
 
-# a function with bound arguments and not a closure, so that it can be sent to worker processes
+# A function with bound arguments, because a closure could not be pickled for worker processes.
 def _open_selected(open_image: Callable[[int], Image.Image], indices: list[int], row: int) -> Image.Image:
     return open_image(indices[row])
 
 
-def hold_out(rows: list[int], ties: list[str], seed: int, source: str) -> tuple[list[int], list[int]]:
-    """A tenth of `rows` is held out -> (kept, held), with no tie from one to the other."""
-    groups: dict[str, list[int]] = {}
-    for row in rows:
-        groups.setdefault(ties[row], []).append(row)
-    if len(groups) < 2:
-        raise UserError(f"{source}: there is nothing to hold out, as all rows ({len(rows)}) are of one image or group.")
-    order = list(groups.values())
+def by_split(parts: Mapping[str, T], source: str) -> dict[str, T]:
+    """Sort the parts of a source by their split.
+
+    parts  names as the source has them ("val", "Test", ...) -> anything
+
+    Returns "train" and "validation", or "test" where there is no validation split; "train" alone; or {"": part} for a
+    single part under another name. Raises UserError if a split is unknown, twice there, or the training split missing.
+    """
+    if len(parts) == 1 and next(iter(parts)).lower() not in SPLIT_NAMES:
+        return {"": next(iter(parts.values()))}
+    splits = {SPLIT_NAMES.get(name.lower(), name): part for name, part in parts.items()}
+    if "train" not in splits or len(splits) < len(parts) or not splits.keys() <= SPLIT_NAMES.keys():
+        found = ", ".join(parts)
+        raise UserError(f"{source} has the splits {found}. Expected one train and one validation (or test) split.")
+    validation = "validation" if "validation" in splits else "test"
+    return {name: splits[name] for name in ("train", validation) if name in splits}
+
+
+def hold_out(groups: Sequence[str], seed: int, source: str) -> tuple[list[int], list[int]]:
+    """Draw a tenth of the rows for validation, in whole groups -> (training rows, validation rows), each ascending.
+
+    groups  (N,) the patient or image of each row. Rows of one group are never on both sides, and a group that is larger
+            than the tenth stays in training (if all are, the smallest is drawn)
+
+    Raises UserError if all rows are in one group.
+    """
+    members: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    if len(members) < 2:
+        raise UserError(f"{source} has only one image or group, so none can be held out. Add a validation split.")
+    order = list(members.values())
     random.Random(seed).shuffle(order)
-    held: list[int] = []
-    for group in order:
-        if len(held) + len(group) <= max(1, round(len(rows) / 10)):  # a group that is too large stays in training
-            held += group
-    held = held or min(order, key=len)
-    return sorted(set(rows) - set(held)), sorted(held)
+    validation: list[int] = []
+    for rows in order:
+        if len(validation) + len(rows) <= max(1, round(len(groups) / 10)):
+            validation += rows
+    validation = validation or min(order, key=len)
+    return sorted(set(range(len(groups))) - set(validation)), sorted(validation)

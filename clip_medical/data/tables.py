@@ -1,188 +1,173 @@
-"""A folder, a file, Parquet shards or the Hub -> one table of columns a split. No image is opened here."""
+"""Find the tables of a data source: one table of columns for each split. Images are not opened here.
+
+A data source is a reader that returns a Table. To support another file type, write a function (path, sample) -> Table
+and enter it in READERS under its suffix. It then reads `--data file.suffix` and `metadata.suffix` in folders.
+"""
 
 import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from io import StringIO
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from clip_medical.data.hub import hub_shards
-from clip_medical.data.parquet import Shard, class_names, holds_images, local_shard, read_shards
+from clip_medical.data.parquet import Sample, class_names, file_version, holds_images, read_shards, reason
+from clip_medical.data.splits import SPLIT_NAMES, by_split
 from clip_medical.errors import UserError
-
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLITS |= dict.fromkeys(["validation", "valid", "val", "dev"], "validation")
-T = TypeVar("T")
 
 
 class Table(NamedTuple):
-    """Columns by name, all of one length."""
+    """N rows of a data source, by column."""
 
-    where: str  # its name in messages
-    root: Path  # its paths are relative to this folder
-    columns: Mapping[str, Sequence[Any]]
-    pixels: Sequence[str] = ()  # the columns that hold images themselves and not paths; read row by row
-    origins: Sequence[str] = ()  # of each row of those columns: where it is from, in which version
-
-
-class Wish(NamedTuple):
-    """What a user asks of a source beside its name."""
-
-    revision: str | None = None  # of the Hub: commit, tag or branch; default: the newest
-    streaming: bool = True  # read the Hub's shards where they lie, instead of downloading them first
-    limit: int | None = None  # of Parquet: no more row groups than are needed for so many rows of each split ...
-    seed: int = 0  # ... drawn by this seed
+    name: str  # in messages
+    folder: Path  # to which the paths of images are relative
+    columns: Mapping[str, Sequence[Any]]  # N cells each: texts, numbers, paths
+    images: Mapping[str, Callable[[int], Any]] = {}  # columns of encoded images: row -> bytes or {"bytes":, "path":}
+    origins: Sequence[str] = ()  # N, only where there are columns of images: location and version of the row
 
 
-def read_tables(source: str, wish: Wish) -> tuple[str, dict[str, Table]]:
-    """The kind of a source in words, and its tables: "train" with "validation" or "test", or one named "" if unsplit.
+def read_tables(source: str, revision: str | None, sample: Sample) -> tuple[str, dict[str, Table]]:
+    """Return the kind of a source for messages, and its tables by split ("train" and "validation" or "test", or "").
 
-    source is what `load_data` takes, but not "phantoms". Raises UserError for whatever is wrong with it.
+    source    what `load_data` accepts, except "phantoms"
+    revision  of a Hub dataset: commit, tag or branch; None: the newest commit
+
+    Raises UserError if the source does not exist or cannot be read.
     """
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            return "folder", _folder(path, wish)
+            return "folder", _folder(path, sample)
         if path.is_file():
-            return "file", {"": _file(path, wish)}
+            return "file", {"": _file(path, sample)}
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}. Check its permissions.") from error
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise UserError(f"--data {source}: there is no such file or folder, and a Hub id has the form owner/name.")
-    commit, shards = hub_shards(source, wish.revision, wish.streaming)
-    if not shards:  # images beside a table, tar files, ...: datasets knows how to download and read them
-        return f"Hub commit {commit[:8]} of", _datasets(source, commit)
-    return f"Hub commit {commit[:8]} of", _parquet(source, path, shards, wish)
+        raise UserError(f"--data {source}: there is no such file or folder. A Hub dataset has the form owner/name.")
+    commit, shards = hub_shards(source, revision)
+    # Without Parquet (images beside a table, tar files, ...) `datasets` downloads and reads the repository.
+    tables = _parquet(source, path, shards, sample) if shards else _datasets(source, commit)
+    return f"Hub commit {commit[:8]} of", tables
 
 
-def _folder(folder: Path, wish: Wish) -> dict[str, Table]:
-    for name in ("metadata.csv", "metadata.jsonl"):
+def _folder(folder: Path, sample: Sample) -> dict[str, Table]:
+    for name in (f"metadata{suffix}" for suffix in READERS):
         if (folder / name).is_file():
-            return {"": _file(folder / name, wish)}
-        found = {p.parent.name: p for p in sorted(folder.glob(f"*/{name}")) if p.parent.name.lower() in SPLITS}
-        if found:
-            return {split: _file(path, wish) for split, path in by_split(found, str(folder)).items()}
+            return {"": _file(folder / name, sample)}
+        files = {path.parent.name: path for path in sorted(folder.glob(f"*/{name}"))}
+        if files := {split: path for split, path in files.items() if split.lower() in SPLIT_NAMES}:
+            return {split: _file(path, sample) for split, path in by_split(files, str(folder)).items()}
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _saved(folder)
-    shards = [local_shard(str(path)) for path in sorted(folder.rglob("*.parquet"))]
-    if shards:
-        return _parquet(str(folder), folder, shards, wish)
-    tables = [str(p) for p in sorted(folder.iterdir()) if p.suffix.lower() in (".csv", ".tsv", ".jsonl")]
-    hint = f"name the table itself: --data {tables[0]}" if tables else "write one with the columns file_name and text"
-    raise UserError(f"folder {folder} has no metadata.csv, metadata.jsonl or Parquet files in it; {hint}.")
+        return _datasets(str(folder))
+    if shards := [str(path) for path in sorted(folder.rglob("*.parquet"))]:
+        return _parquet(str(folder), folder, shards, sample)
+    others = [str(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in READERS]
+    hint = f"Name a table: --data {others[0]}." if others else "Add a table with the columns file_name and text."
+    raise UserError(f"Folder {folder} has no metadata.csv, metadata.jsonl or Parquet files. {hint}")
 
 
-def by_split(found: Mapping[str, T], where: str) -> dict[str, T]:
-    """What goes by a split's usual name, without a test beside a validation; {"": it} for one unnamed thing."""
-    if len(found) == 1 and next(iter(found)).lower() not in SPLITS:
-        return {"": next(iter(found.values()))}
-    named = [(SPLITS[name.lower()], thing) for name, thing in found.items() if name.lower() in SPLITS]
-    splits = dict(named)
-    if "train" not in splits or len(splits) < len(named):
-        raise UserError(f"{where} has the splits {', '.join(found)}; expected one train and one validation (or test).")
-    wanted = ("train", "validation" if "validation" in splits else "test")
-    return {name: splits[name] for name in wanted if name in splits}
-
-
-def _file(path: Path, wish: Wish) -> Table:
+def _file(path: Path, sample: Sample) -> Table:
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return Table(str(path), path.parent, *read_shards([local_shard(str(path))], wish.limit, wish.seed))
-    if suffix not in (".csv", ".tsv", ".jsonl"):
-        raise UserError(f"{path}: files of type '{suffix}' are not read; expected .csv, .tsv, .jsonl or .parquet.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: Excel begins a UTF-8 file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (see byte {error.start}); save it as UTF-8.") from error
-    if "\0" in text:
-        raise UserError(f"{path} is no text file: there are zero bytes in it.")
-    columns = _json_lines(text, path) if suffix == ".jsonl" else _csv(text, path, "\t" if suffix == ".tsv" else ",")
-    return Table(str(path), path.parent, columns)
+    if suffix not in READERS:
+        raise UserError(f"{path}: file type {suffix!r} is not supported. Expected one of {', '.join(READERS)}.")
+    return READERS[suffix](path, sample)
 
 
-def _csv(text: str, path: Path, delimiter: str) -> dict[str, list[Any]]:
-    # Not pandas: it drops the captions "nan" and "None", fills short rows up, and where every row is one field too long
-    # (a bare comma in the last column) it takes the first column for an index, without a word.
-    reader, rows = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True), []
+# ---- readers of a file
+
+
+def _csv(path: Path, sample: Sample) -> Table:
+    # Not pandas: it drops the captions "nan" and "None", fills short rows, and takes the first column for an index if
+    # every row has one field too many (a bare comma in the last column), all without a warning.
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader, rows = csv.reader(StringIO(_text(path), newline=""), delimiter=delimiter, strict=True), []
     try:
         names = [name.strip() for name in next(reader, [])]
-        other = next((d for d in ",;\t|" if len(names) == 1 and d in names[0]), None)
-        if other:
-            raise UserError(f"{path} has {other!r} between its columns; save it with {delimiter!r}.")
+        if len(names) == 1 and (other := re.search("[,;\t|]", names[0])):
+            raise UserError(f"{path} separates its columns by {other[0]!r}. Expected {delimiter!r}.")
         for row in filter(None, reader):
             if len(row) != len(names):
-                what = f"{len(row)} fields, the header has {len(names)}"
-                raise UserError(f"{path}, line {reader.line_num}: {what}; text with {delimiter!r} in it needs quotes.")
+                fields = f"{len(row)} fields, but the header has {len(names)}"
+                raise UserError(f"{path}, line {reader.line_num} has {fields}. Put text with {delimiter!r} in quotes.")
             rows.append(row)
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; is a double quote missing?") from error
+        raise UserError(f"{path}, line {reader.line_num}: {error}. Check for a missing double quote.") from error
     if len(set(names)) < len(names):
-        raise UserError(f"{path}: two columns are called {Counter(names).most_common(1)[0][0]!r}.")
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+        raise UserError(f"{path} has two columns named {Counter(names).most_common(1)[0][0]!r}. Rename one of them.")
+    return Table(str(path), path.parent, {name: [row[i] for row in rows] for i, name in enumerate(names)})
 
 
-def _json_lines(text: str, path: Path) -> dict[str, list[Any]]:
+def _json_lines(path: Path, sample: Sample) -> Table:
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         try:
             rows += [dict(json.loads(line).items())] if line.strip() else []
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: expected one JSON object, {{...}}, a line.") from error
+        except (ValueError, AttributeError) as error:  # no JSON at all, or no object
+            raise UserError(f"{path}, line {number} is not a JSON object. Expected {{...}} in one line.") from error
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+    return Table(str(path), path.parent, {name: [row.get(name) for row in rows] for name in names})
 
 
-def _parquet(where: str, root: Path, shards: list[Shard], wish: Wish) -> dict[str, Table]:
-    """Shards go by the split in their own name or their folder's: train-00000-of-00027.parquet, train/0000.parquet."""
-    found: dict[str, list[Shard]] = {}
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # -sig: Excel begins a UTF-8 file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {reason(error)}. Save it as UTF-8.") from error
+
+
+def _parquet_file(path: Path, sample: Sample) -> Table:
+    return Table(str(path), path.parent, *read_shards([str(path)], sample))
+
+
+# suffix -> reader. A reader may return more rows than the sample wants, never fewer: load_data draws from them.
+Reader = Callable[[Path, Sample], Table]
+READERS: dict[str, Reader] = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".parquet": _parquet_file}
+
+
+# ---- sources of several files
+
+
+def _parquet(source: str, folder: Path, shards: list[str], sample: Sample) -> dict[str, Table]:
+    """Read shards by the split that their file or folder is named after: train-00000-of-00027, train/0000."""
+    parts: dict[str, list[str]] = {}
     for shard in shards:
-        path = PurePosixPath(shard.path.replace("\\", "/"))
-        words = re.split(r"[-_.]", path.name)[0], path.parent.name
-        found.setdefault(next((word for word in words if word.lower() in SPLITS), ""), []).append(shard)
-    if len(found) > 1 and "" in found:
-        raise UserError(f"{found[''][0].path} has no split in its name, as other Parquet files of {where} have.")
-    splits = by_split(found, where)
-    return {split: Table(where, root, *read_shards(some, wish.limit, wish.seed)) for split, some in splits.items()}
+        path = PurePosixPath(shard.replace("\\", "/"))
+        names = re.split(r"[-_.]", path.name)[0], path.parent.name
+        name = next((name for name in names if name.lower() in SPLIT_NAMES), "no split in the file name")
+        parts.setdefault(name, []).append(shard)
+    return {split: Table(source, folder, *read_shards(part, sample)) for split, part in by_split(parts, source).items()}
 
 
-def _datasets(name: str, commit: str) -> dict[str, Table]:
-    """A data set of the Hub that is not in Parquet: downloaded by `datasets` into the Hugging Face cache."""
-    import datasets  # slow to import: only those who need it wait for it
+def _datasets(source: str, commit: str | None = None) -> dict[str, Table]:
+    """Read a folder that save_to_disk wrote, or a commit of the Hub, downloaded into the Hugging Face cache."""
+    import datasets  # slow
 
     try:
-        loaded = datasets.load_dataset(name, revision=commit)
-    except Exception as error:  # no builder for its files, a file that is damaged, ...
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--data {name}: `datasets` cannot read what the Hub has there: {reason}") from error
-    return {split: _from_dataset(name, Path(name), rows) for split, rows in by_split(loaded, name).items()}
+        loaded = datasets.load_dataset(source, revision=commit) if commit else datasets.load_from_disk(source)
+    except Exception as error:  # no builder for its files, a damaged file, a newer version, ...
+        raise UserError(f"The library `datasets` cannot read {source}: {reason(error)}. Save it as Parquet.") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return {"": _dataset(source, loaded)}
+    usual = {name: rows for name, rows in loaded.items() if name.lower() in SPLIT_NAMES}
+    return {split: _dataset(source, rows) for split, rows in by_split(usual or loaded, source).items()}
 
 
-def _saved(folder: Path) -> dict[str, Table]:
-    """What `save_to_disk` of `datasets` wrote."""
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # half a folder, a newer format, ...
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: what save_to_disk wrote there cannot be read: {reason}") from error
-    splits = by_split(loaded, str(folder)) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-    return {split: _from_dataset(str(folder), folder, rows) for split, rows in splits.items()}
-
-
-def _from_dataset(where: str, root: Path, rows: Any) -> Table:
-    import datasets
-
+def _dataset(source: str, rows: Any) -> Table:
     columns: dict[str, Sequence[Any]] = {}
+    images: dict[str, Callable[[int], Any]] = {}
     for name, feature in rows.features.items():
-        column = rows.select_columns([name])  # else one look at a caption would read the image beside it
-        if isinstance(feature, datasets.Image):
-            column = column.cast_column(name, datasets.Image(decode=False))
-        columns[name] = class_names(feature, column[name])  # lazy: reads what is asked of it
-    pixels = [name for name, feature in rows.features.items() if holds_images(feature)]
-    files = [local_shard(file["filename"]).version for file in rows.cache_files]
-    origins = [f"{rows._fingerprint} {' '.join(files)} {row:09}" for row in range(len(rows))]
-    return Table(where, root, columns, pixels, origins)
+        column = rows.data.column(name)  # of pyarrow: `datasets` would decode the images
+        if holds_images(column.type):
+            images[name] = partial(_arrow_cell, column)
+        else:
+            columns[name] = class_names(feature, column.to_pylist())
+    version = " ".join(file_version(file["filename"]) for file in rows.cache_files)
+    return Table(source, Path(source), columns, images, [f"{version} {row:09}" for row in range(len(rows))])
+
+
+def _arrow_cell(column: Any, row: int) -> Any:
+    return column[row].as_py()

@@ -1,1 +1,1 @@
-"""What the adaptation bought: retrieval, zero-shot classification, report and figures."""
+"""Evaluation before and after adaptation: retrieval, zero-shot classification, search, report and figures."""

@@ -1,7 +1,8 @@
-"""How well probabilities name classes: accuracy, balanced accuracy, AUROC, confusions, calibration, each with its n.
+"""Metrics of classification from probabilities: accuracy, balanced accuracy, AUROC, confusions, calibration.
 
-Accuracy alone flatters whoever names the commonest class; balanced accuracy and AUROC do not, and AUROC needs no
-threshold either. Calibration asks whether what is said with 80 % confidence is right 80 times of 100.
+Accuracy alone flatters a model that predicts the most frequent class. Balanced accuracy and AUROC do not, and AUROC
+needs no threshold either. Calibration compares confidence with accuracy: of the predictions made with 80 % confidence,
+80 % should be correct.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,128 +12,103 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Weights = np.ndarray  # (N,) how often each row was drawn in a bootstrap sample; all 1 for the sample itself
+from clip_medical.evaluation.retrieval import binomial_interval, percentile_interval
 
 
 def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """Everything about N rows of one facet.
+    """Compute all metrics of N rows of one facet.
 
-    probabilities (N, C), rows that sum to 1; truth (N,) number of the right class; classes: C names. A class may have
-    no row of its own: it can be taken for others, and is left out of the means over classes.
+    probabilities (N, C), rows sum to 1; truth (N,) index of the true class; classes: C names. A class without rows can
+    still be predicted; it is left out of means over classes. A class that ties with the true one counts as predicted
+    instead of it, so that constant features score 0.
 
     Returns {"n", "classes", "accuracy", "balanced_accuracy", "auroc" (one against the rest, mean over classes), each
-    {"value", "low", "high" (95 %, bootstrap over rows), "chance"}, "confusion" (C rows of C counts, the right class
-    first), "calibration" as `calibration` gives it}. Raises ValueError on probabilities that are not finite.
+    {"value", "low", "high" (95 %, bootstrap over rows), "chance"}, "confusion" (C x C counts, a row per true class),
+    "calibration" as `calibration` returns it}. Raises ValueError on probabilities that are not finite.
     """
     if not probabilities.isfinite().all():
-        raise ValueError("the probabilities contain NaN or infinity: a report on them would mean nothing")
-    chances, right = probabilities.double().numpy(), truth.numpy()
-    # a class that ties with the right one was named instead of it: features that say nothing name nothing rightly
-    rivals = chances.copy()
-    rivals[np.arange(len(right)), right] = -1
-    of_truth, best_rival = chances[np.arange(len(right)), right], rivals.max(axis=1)
-    predicted = np.where(of_truth > best_rival, right, rivals.argmax(axis=1))
-    hits = (predicted == right).astype(float)
-    present = np.unique(right)
+        raise ValueError("The probabilities contain NaN or infinity, so no metric can be computed from them.")
+    p, true, rows = probabilities.double().numpy(), truth.numpy(), np.arange(len(truth))
+    rivals = p.copy()
+    rivals[rows, true] = -1
+    predicted = np.where(p[rows, true] > rivals.max(axis=1), true, rivals.argmax(axis=1))
+    hits = predicted == true
+    present = np.unique(true)
     confusion = np.zeros((len(classes), len(classes)), int)
-    np.add.at(confusion, (right, predicted), 1)
+    np.add.at(confusion, (true, predicted), 1)
+    score_levels = {c: np.unique(p[:, c], return_inverse=True)[1] for c in present}
 
-    def balanced(weights: Weights) -> float:
-        rows = np.bincount(right, weights, len(classes))[present]
-        found = np.bincount(right, weights * hits, len(classes))[present]
-        return float(np.mean(found[rows > 0] / rows[rows > 0]))
+    def balanced_accuracy(drawn: np.ndarray) -> float:
+        count = np.bincount(true[drawn], minlength=len(classes))
+        correct = np.bincount(true[drawn], hits[drawn], len(classes))
+        return float(np.mean(correct[count > 0] / count[count > 0]))
 
-    areas = [_area(chances[:, c], right == c) for c in present] if len(present) > 1 else []
+    def mean_auroc(drawn: np.ndarray) -> float:  # over the classes for which the drawn rows define it
+        areas = np.array([auroc(levels[drawn], true[drawn] == c) for c, levels in score_levels.items()])
+        return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
-    def mean_area(weights: Weights) -> float:  # of the classes that were drawn
-        found = [value for area in areas if (value := area(weights)) == value]
-        return sum(found) / len(found) if found else float("nan")
+    def measure(statistic: Callable[[np.ndarray], float], chance: float) -> dict[str, float]:
+        low, high = percentile_interval(statistic, len(rows), draws=1000)
+        return {"value": statistic(rows), "low": low, "high": high, "chance": chance}
 
-    report: dict[str, Any] = {"n": len(right), "classes": list(classes)}
-    report["accuracy"] = _with_interval(lambda w: float(np.average(hits, weights=w)), len(hits), 1 / len(classes))
-    report["balanced_accuracy"] = _with_interval(balanced, len(hits), 1 / len(classes))
-    if areas:
-        report["auroc"] = _with_interval(mean_area, len(hits), 0.5)
-    confidence = torch.from_numpy(chances.max(axis=1))
-    calibrated = calibration(confidence, torch.from_numpy(hits))
-    return report | {"confusion": confusion.tolist(), "calibration": calibrated}
+    report: dict[str, Any] = {"n": len(rows), "classes": list(classes)}
+    report["accuracy"] = measure(lambda drawn: float(hits[drawn].mean()), 1 / len(classes))
+    report["balanced_accuracy"] = measure(balanced_accuracy, 1 / len(classes))
+    if len(present) > 1:
+        report["auroc"] = measure(mean_auroc, 0.5)
+    report["confusion"] = confusion.tolist()
+    report["calibration"] = calibration(torch.from_numpy(p.max(axis=1)), torch.from_numpy(hits))
+    return report
 
 
-def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: how often a positive row outscores a negative one, a tie counting half.
+def auroc(levels: np.ndarray, positive: np.ndarray) -> float:
+    """Compute the area under the ROC curve: how often a positive row outscores a negative one, a tie counting half.
 
-    scores (N,), positive (N,) bool, with at least one row of each kind. Mann and Whitney 1947; Hanley and McNeil 1982.
+    levels (N,): the position of each score among the distinct scores, `np.unique(scores, return_inverse=True)[1]`, so
+    that a bootstrap sorts the scores only once; positive (N,) bool. NaN if there are no positive or no negative rows.
+    Mann and Whitney 1947; Hanley and McNeil 1982.
     """
-    return _area(scores.double().numpy(), positive.numpy())(np.ones(len(scores)))
-
-
-def _area(scores: np.ndarray, positive: np.ndarray) -> Callable[[Weights], float]:
-    """The AUROC as a function of how often each row was drawn; the sorting is done once. NaN if one kind is missing."""
-    order = np.argsort(scores)
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # where a new score begins
-    is_positive = positive[order]
-
-    def area(weights: Weights) -> float:
-        drawn = weights[order]
-        above = np.add.reduceat(drawn * is_positive, starts)  # positives of each score
-        below = np.add.reduceat(drawn * ~is_positive, starts)
-        pairs = above.sum() * below.sum()
-        return float((above * (below.cumsum() - below / 2)).sum() / pairs) if pairs else float("nan")
-
-    return area
-
-
-def _with_interval(
-    statistic: Callable[[Weights], float], rows: int, chance: float, draws: int = 1000
-) -> dict[str, float]:
-    """The statistic of the sample, and its 95 % percentile interval by resampling rows."""
-    rng = np.random.default_rng(0)
-    drawn = [statistic(np.bincount(rng.integers(rows, size=rows), minlength=rows)) for _ in range(draws)]
-    low, high = np.nanpercentile(drawn, (2.5, 97.5))
-    return {"value": statistic(np.ones(rows)), "low": float(low), "high": float(high), "chance": chance}
+    positives = np.bincount(levels[positive], minlength=levels.max() + 1)
+    negatives = np.bincount(levels[~positive], minlength=levels.max() + 1)
+    below = negatives.cumsum() - negatives / 2  # negatives of a lower score, and half of those of the same score
+    pairs = positives.sum() * negatives.sum()
+    return float(positives @ below / pairs) if pairs else float("nan")
 
 
 def calibration(confidence: Tensor, hits: Tensor, bins: int = 10) -> dict[str, Any]:
-    """Expected calibration error over bins of equal width (Guo et al. 2017, section 2), and the bins.
+    """Compute the expected calibration error over bins of equal width (Guo et al. 2017, section 2).
 
-    confidence (N,) probability of what was named, 0 to 1; hits (N,) 1 where that was right. Returns {"ece", "bins":
-    [{"n", "confidence", "accuracy", "low", "high" (95 %)}, ...]}; bins that hold nothing are left out.
+    confidence (N,) probability of the predicted class; hits (N,) 1 where it is correct. Returns {"ece", "bins": [{"n",
+    "confidence", "accuracy", "low", "high" (95 %, Wilson)}, ...]}, without empty bins.
     """
     which = (confidence * bins).ceil().long().clamp(1, bins)  # (0, 0.1] is bin 1
-    found, error = [], 0.0
-    for number in which.unique().tolist():
+    filled = []
+    for number in which.unique():
         inside = which == number
-        n, mean, accuracy = int(inside.sum()), confidence[inside].mean().item(), hits[inside].double().mean().item()
-        low, high = wilson(accuracy * n, n)
-        found.append({"n": n, "confidence": mean, "accuracy": accuracy, "low": low, "high": high})
-        error += n / len(hits) * abs(mean - accuracy)
-    return {"ece": error, "bins": found}
-
-
-def wilson(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share, `hits` of n, by Wilson's formula (1927): it holds for small n too."""
-    z = 1.959964
-    share = hits / n
-    middle, reach = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (middle - reach) / (1 + z * z / n)), min(1.0, (middle + reach) / (1 + z * z / n))
+        n, correct = int(inside.sum()), int(hits[inside].sum())
+        low, high = binomial_interval(correct, n, "wilson")
+        mean = confidence[inside].mean().item()
+        filled.append({"n": n, "confidence": mean, "accuracy": correct / n, "low": low, "high": high})
+    error = sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in filled) / len(hits)
+    return {"ece": error, "bins": filled}
 
 
 def hardest_confusions(report: dict[str, Any], count: int = 5) -> list[dict[str, Any]]:
-    """The commonest mistakes of a `classification_report`: {"truth", "named", "value" (share of the rows of that class,
-    with "low" and "high"), "times", "n"}, those that happened most often first."""
-    classes, confusion = report["classes"], np.array(report["confusion"])
-    wrong = confusion * (1 - np.eye(len(classes), dtype=int))
-    mistakes = []
-    for place in np.argsort(-wrong, axis=None, kind="stable")[:count].tolist():
-        truth, named = divmod(place, len(classes))
-        if times := int(wrong[truth, named]):
-            mistakes.append(confusion_of(report, truth, named) | {"times": times})
-    return mistakes
+    """Return the most frequent confusions of a `classification_report`, most frequent first, with their "times"."""
+    confusion = np.array(report["confusion"])
+    np.fill_diagonal(confusion, 0)
+    largest = np.argsort(-confusion, axis=None, kind="stable")[:count]
+    cells = [divmod(cell, len(confusion)) for cell in largest.tolist() if confusion.flat[cell]]
+    return [confusion_of(report, *cell) | {"times": int(confusion[cell])} for cell in cells]
 
 
-def confusion_of(report: dict[str, Any], truth: int, named: int) -> dict[str, Any]:
-    """How often class number `truth` was taken for number `named`, as a share of its rows."""
-    row = report["confusion"][truth]
-    low, high = wilson(row[named], sum(row))
-    names = {"truth": report["classes"][truth], "named": report["classes"][named]}
-    return names | {"value": row[named] / sum(row), "low": low, "high": high, "n": sum(row)}
+def confusion_of(report: dict[str, Any], true: int, predicted: int) -> dict[str, Any]:
+    """Compute how often class number `true` is predicted as number `predicted`.
+
+    Returns {"true", "predicted" (names), "value" (share of the rows of class `true`), "low", "high" (95 %, Wilson),
+    "n" (those rows)}.
+    """
+    row = report["confusion"][true]
+    low, high = binomial_interval(row[predicted], sum(row), "wilson")
+    names = {"true": report["classes"][true], "predicted": report["classes"][predicted]}
+    return names | {"value": row[predicted] / sum(row), "low": low, "high": high, "n": sum(row)}

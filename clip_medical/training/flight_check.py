@@ -1,45 +1,114 @@
-"""The flight check: one batch forwards and backwards, and what can be known from it before anything is written."""
+"""The flight check: one batch forward and backward before anything is written, and all that can be known from it.
 
-import math
+Most ways to lose a day with LoRA raise no error: the model trains, and stays its base. Each is looked for here.
+"""
+
+import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
-from clip_medical.config import Config
-from clip_medical.data.batches import Pairs, row_batches
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from clip_medical.data.batches import Batch
+from clip_medical.errors import UserError
 from clip_medical.model import Clip
 from clip_medical.training import distributed
-from clip_medical.training.contrastive import contrastive_backward, random_state, restore
+from clip_medical.training.grad_cache import contrastive_backward, random_state, restore
+from clip_medical.training.loss import Loss, chance_level, same_rows
 from clip_medical.training.memory import GIB, Plan
-from lora import count_parameters
+from clip_medical.training.optimizer import Optimizer
+from lora import LoRAError, adapter_parameters, count_parameters, load_adapter, merge, remove, save_adapter
+from lora.inject import lora_layers
 
 
-def flight_check(clip: Clip, pairs: Pairs, config: Config, plan: Plan, steps: int) -> None:
-    """Print size, first loss, where the gradient went, time and memory; stop where nothing could be learned.
+def flight_check(clip: Clip, batch: Batch, loss: Loss, optimizer: Optimizer, plan: Plan, steps: int) -> float:
+    """Print the size of the adapter, the first loss, time and memory; stop where nothing could be learned.
 
-    Leaves gradients empty and the random state as it was. Raises RuntimeError if a lora_B gets no gradient, if a frozen
-    weight gets one, or if the loss is not finite.
+    Returns the chance level of the loss on this batch. Leaves gradients empty and the random state as it was. Raises
+    UserError if a forward was not called, a gradient is missing or in the wrong place, a trainable parameter is not
+    in the optimizer, the loss is not finite, or the adapter does not survive saving and loading.
     """
-    clip.model.train()
-    state, began, size = random_state(clip.device), time.perf_counter(), config.batch_size
-    loss = contrastive_backward(clip, pairs, next(row_batches(len(pairs), size, config.seed)), plan.chunk_size)
-    moved = {name for name, p in clip.model.named_parameters() if p.grad is not None and p.grad.any()}
+    state, began = random_state(clip.device), time.perf_counter()
+    with called_modules() as called:
+        first_loss = contrastive_backward(clip, batch, loss, plan.chunk_size)
     minutes = (time.perf_counter() - began) * steps / 60
-    every_b = {name for name, _ in clip.model.named_parameters() if name.endswith("lora_B")}
-    frozen = {name: p.numel() for name, p in clip.model.named_parameters() if not p.requires_grad}
-    clip.model.zero_grad(set_to_none=True)
+    problems = {"not finite": [] if first_loss.isfinite() else ["the first loss"]}
+    problems |= gradient_problems(clip.model, called, optimizer)
+    optimizer.zero_grad()
+    for problem, names in problems.items():
+        if names:
+            raise UserError(
+                f"Flight check: {problem} ({len(names)}, such as {names[0]}). The adapter would learn nothing or the "
+                "wrong thing, so no step was taken and nothing was written."
+            )
+    adapter_file = check_file_and_merge(clip.model)
     restore(state)
+    positives = same_rows(*batch.captions[0].ids).to(clip.device)
+    chance = chance_level(loss, clip.model.logit_scale.detach(), positives)
 
-    count = count_parameters(clip.model)
-    much = "" if count.percent < 1 else " (not the less than 1 % that a smaller --rank would give)"
-    print(f"Adapter  {len(every_b)} layers of rank {config.rank}: {count.trainable:,} trainable parameters beside")
-    print(f"         {sum(frozen.values()):,} frozen ones, {count.percent:.2f} %{much}")
-    reached, leaked = f"{len(moved & every_b)} of {len(every_b)}", f"{len(moved & frozen.keys())} of {len(frozen)}"
-    print(f"Check    first loss {loss.item():.2f}, where knowing nothing costs ln {size} = {math.log(size):.2f};")
-    print(f"         gradient in {reached} lora_B, in {leaked} frozen weights")
+    count, layers, pairs = count_parameters(clip.model), len(lora_layers(clip.model)), len(batch.rows)
+    above = "" if count.percent < 1 else ", above 1 %: lower --rank for less"
     processes = distributed.world_size()
     shared = f" on {processes} processes, each" if processes > 1 else ","
-    print(f"Plan     {steps} steps of {size} pairs{shared} {plan.in_words(size // processes)};")
-    print(
-        f"         about {minutes:.1f} minutes and {plan.forecast / GIB:.1f} GiB of the {plan.limit / GIB:.1f} allowed"
-    )
-    if moved & every_b != every_b or moved & frozen.keys() or not loss.isfinite():
-        raise RuntimeError("the gradients did not go where they belong: nothing would be learned, so nothing was begun")
+    memory = f"{plan.forecast / GIB:.1f} of {plan.limit / GIB:.1f} GiB"
+    print(f"Adapter  {layers} layers: {count.trainable:,} trainable parameters, {count.percent:.2f} % of CLIP's{above}")
+    print(f"Check    first loss {first_loss.item():.2f}, chance level {chance:.2f}")
+    print(f"         gradients in all lora_B and in no frozen weight; adapter {adapter_file}")
+    print(f"Plan     {steps} steps of {pairs} pairs{shared} {plan.describe(pairs // processes)}")
+    print(f"         about {minutes:.1f} minutes, {memory}")
+    return chance
+
+
+def gradient_problems(model: nn.Module, called: set[nn.Module], optimizer: Optimizer) -> dict[str, list[str]]:
+    """What went wrong in a backward pass: problem -> names of layers or parameters, empty where there is none."""
+    layers, parameters = lora_layers(model), dict(model.named_parameters())
+    reached = {name for name, p in parameters.items() if p.grad is not None and p.grad.any()}
+    frozen = {name for name, p in parameters.items() if not p.requires_grad}
+    optimized = {id(p) for p in optimizer.parameters}
+    return {
+        "forward was not called": [name for name, layer in layers.items() if layer not in called],
+        "no gradient": [f"{name}.lora_B" for name in layers if f"{name}.lora_B" not in reached],
+        "gradient in a frozen weight": sorted(reached & frozen),
+        "trainable, but not in the optimizer": [
+            name for name, p in parameters.items() if p.requires_grad and id(p) not in optimized
+        ],
+    }
+
+
+@contextmanager
+def called_modules() -> Iterator[set[nn.Module]]:
+    """Collect every module whose forward is called inside the `with`."""
+    called: set[nn.Module] = set()
+    handle = register_module_forward_hook(lambda module, _, __: called.add(module))
+    try:
+        yield called
+    finally:
+        handle.remove()
+
+
+def check_file_and_merge(model: nn.Module) -> str:
+    """Save, reload and merge a copy of the adapter with random B, and say how that went.
+
+    Raises LoRAError where save_adapter refuses, UserError where the reloaded tensors differ. A layer that cannot be
+    merged can still be trained: that is reported and no error.
+    """
+    trial = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    for layer in lora_layers(trial).values():
+        layer.lora_B.data += torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
+    before = [p.detach().clone() for p in adapter_parameters(trial)]
+    with TemporaryDirectory() as folder:
+        save_adapter(trial, folder)
+        remove(trial)
+        load_adapter(trial, folder)
+    if not all(torch.equal(a, b) for a, b in zip(before, adapter_parameters(trial), strict=True)):
+        raise UserError("Flight check: the adapter saved and loaded again has other numbers. Nothing was written.")
+    try:
+        merge(trial)
+    except LoRAError as error:
+        return f"saved and reloaded; it cannot be merged ({error})"
+    return "saved, reloaded and merged"

@@ -1,7 +1,7 @@
-"""What a step will need in memory, tried on a few pairs; and from that the chunk size and whether to checkpoint.
+"""Forecast the memory of a training step from two small trials, and choose chunk size and checkpointing from that.
 
-Memory grows along a straight line with the pairs that are encoded at a time, so that two small trials tell where a
-large chunk will end. On a GPU they ask its allocator; on a CPU, which keeps no such books, they count live tensors.
+Memory grows linearly with the pairs that are encoded at a time, so two small chunks predict a large one. On a GPU the
+trials read torch's allocator; on a CPU, where there is none to read, they count live tensors.
 """
 
 import ctypes
@@ -19,109 +19,110 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clip_medical.config import Config
-from clip_medical.data.batches import Pairs
+from clip_medical.data.batches import Epoch
 from clip_medical.errors import UserError
 from clip_medical.model import Clip
 from clip_medical.training import distributed
-from clip_medical.training.contrastive import LOGITS, contrastive_backward, random_state, restore
+from clip_medical.training.grad_cache import WHOLE, contrastive_backward, random_state, restore
+from clip_medical.training.loss import BLOCK, Loss
 
 GIB = 2**30
 TRIALS = (4, 8)  # pairs in the two trials
-HEAP = 1.5  # memory taken for a byte of tensors on a CPU: the C library gives back late and in pieces
-LEAST = 32  # smaller chunks leave a GPU idle: checkpointing costs less than they do
+HEAP = 1.5  # resident bytes for each byte of live tensors on a CPU: the C library frees late and in pieces
+LEAST = 32  # smaller chunks leave a GPU idle, and cost more than checkpointing
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a batch is put through the model; none of it changes what is learned, beyond rounding and dropout's draw."""
+    """How a batch goes through the model. It changes the loss and its gradient by rounding only."""
 
-    chunk_size: int = 2**31  # pairs that this process encodes at a time; as it stands here, all of them
+    chunk_size: int = WHOLE  # pairs that this process encodes at a time
     checkpointing: bool = False
-    forecast: int = 0  # bytes at the peak of a step: on a GPU all that is allocated, on a CPU the resident memory
-    limit: int = 0  # bytes that it may have
+    forecast: int = 0  # peak bytes of a step: allocated on a GPU, resident on a CPU
+    limit: int = 0  # bytes that it may take
 
-    def in_words(self, pairs: int) -> str:
-        """For the flight check; pairs: what this process encodes of a batch."""
+    def describe(self, pairs: int) -> str:
+        """For the log; pairs: the part of a batch that this process encodes."""
         chunks = -(-pairs // self.chunk_size)
-        how = "in one chunk" if chunks == 1 else f"in {chunks} chunks of up to {self.chunk_size}"
-        checkpointing = "with" if self.checkpointing else "without"
-        return f"{how}, {checkpointing} checkpointing"
+        size = "in one chunk" if chunks == 1 else f"in {chunks} chunks of up to {self.chunk_size}"
+        return f"{size}, {'with' if self.checkpointing else 'without'} checkpointing"
 
 
-def make_plan(clip: Clip, pairs: Pairs, config: Config, batch: int) -> Plan:
-    """The cheapest way to encode `batch` pairs, this process's share of a batch, that fits; sets the model to it.
+def make_plan(clip: Clip, epoch: Epoch, config: Config, loss: Loss) -> Plan:
+    """Choose the cheapest plan for this process's share of a batch that fits into memory, and set the model to it.
 
-    A way costs so many forward passes more than the plain step: none; checkpointing one; chunks one; both two. What
-    the configuration names is taken as given, and "auto" is filled in. If nothing fits, the most sparing way is taken.
+    Extra forward passes compared with the plain step: none; one with checkpointing; one with chunks; two with both.
+    Values that the configuration names are taken as given, "auto" is filled in. If nothing fits, the plan with the
+    least memory is taken.
     """
-    limit = memory_limit(clip.device)
-    asked = batch if config.chunk_size == "auto" else min(config.chunk_size, batch)
-    ways = [(asked, False), (asked, True)]
+    limit, batch = memory_limit(clip.device), distributed.divide(config.batch_size)
+    whole = batch if config.chunk_size == "auto" else min(config.chunk_size, batch)
+    candidates: list[tuple[int | None, bool]] = [(whole, False), (whole, True)]
     if config.chunk_size == "auto":
-        ways += [(0, False), (0, True)]  # 0: as many as fit
-    for chunk, checkpointing in ways:
+        candidates += [(None, False), (None, True)]  # None: the largest chunk that fits
+    for chunk, checkpointing in candidates:
         if config.checkpointing in ("auto", "on" if checkpointing else "off"):
-            tried = _try(clip, pairs, config, batch, chunk, checkpointing, limit)
-            made = distributed.from_everyone(tried)[0]  # all processes go the same way
-            enough = made.chunk_size >= min(LEAST, batch) or config.checkpointing == "off" or chunk
-            if made.forecast <= limit and enough:
+            trial = _trial_plan(clip, epoch, config, loss, chunk, checkpointing, limit)
+            plan: Plan = distributed.all_gather_objects(trial)[0]  # the same on all processes
+            large_enough = plan.chunk_size >= min(LEAST, batch) or config.checkpointing == "off" or chunk
+            if plan.forecast <= limit and large_enough:
                 break
-    clip.checkpointing = made.checkpointing
-    return made
+    clip.set_checkpointing(plan.checkpointing)
+    return plan
 
 
-def _try(clip: Clip, pairs: Pairs, config: Config, batch: int, chunk: int, checkpointing: bool, limit: int) -> Plan:
-    """What the step needs in chunks of `chunk` pairs; 0: in the largest ones that stay within the limit."""
-    clip.checkpointing = checkpointing
-    parameters = [p for p in clip.model.parameters() if p.requires_grad]
-    moments = 2 * sum(4 * p.numel() for p in parameters)  # of Adam
-    width = clip.model.config.projection_dim
-    sides = 2 + config.fragments  # pictures, captions, fragments
-    features = 4 * (5 * sides * batch * width + 6 * min(batch**2, LOGITS))  # of the batch, their gradients, logits
-    fixed, each = _line(clip, pairs, whole=chunk >= batch)
-    fixed += memory_in_use(clip.device) + moments + features
-    if not chunk:
-        most = min(batch, max(1, int((limit - fixed) / each)))
+def _trial_plan(
+    clip: Clip, epoch: Epoch, config: Config, loss: Loss, chunk: int | None, checkpointing: bool, limit: int
+) -> Plan:
+    """The plan for chunks of `chunk` pairs with its forecast; None: for the largest chunks within the limit."""
+    clip.set_checkpointing(checkpointing)
+    batch, width = distributed.divide(config.batch_size), clip.model.config.projection_dim
+    trainable = sum(p.numel() for p in clip.model.parameters() if p.requires_grad)
+    texts = 1 + config.fragments
+    features = 4 * (5 * (1 + texts) * batch * width + 6 * texts * min(batch**2, BLOCK))  # and their gradients, logits
+    fixed, per_pair = _linear_fit(clip, epoch, loss, one_chunk=chunk is not None and chunk >= batch)
+    fixed += memory_in_use(clip.device) + 2 * 4 * trainable + features  # 2: AdamW's moments
+    if chunk is None:
+        most = min(batch, max(1, int((limit - fixed) / per_pair)))
         chunks = -(-batch // (most // 8 * 8 or most))
-        chunk = -(-batch // chunks)  # no last chunk of a few
-    return Plan(chunk, checkpointing, int(fixed + each * chunk), limit)
+        chunk = -(-batch // chunks)  # equal chunks: no small one at the end
+    return Plan(chunk, checkpointing, int(fixed + per_pair * chunk), limit)
 
 
-def _line(clip: Clip, pairs: Pairs, whole: bool) -> tuple[float, float]:
+def _linear_fit(clip: Clip, epoch: Epoch, loss: Loss, one_chunk: bool) -> tuple[float, float]:
     """(bytes, bytes a pair) of a step. Leaves gradients empty and the random state as it was."""
-    state, mode = random_state(clip.device), clip.model.training
-    clip.model.train()
-    by_length = pairs.lengths.argsort()
-    if clip.device.type == "cuda":  # libraries take their workspaces once
-        _peak(clip, pairs, by_length[-TRIALS[0] :], TRIALS[0])
+    state = random_state(clip.device)
+    by_length = epoch.pairs.lengths.argsort()
+    if clip.device.type == "cuda":  # libraries allocate their workspaces at the first step
+        _peak(clip, epoch, loss, by_length[-TRIALS[0] :], TRIALS[0])
     peaks = []
-    for chunk in TRIALS:  # long and short captions, as a batch has them
+    for chunk in TRIALS:  # short and long captions, as in a batch
         rows = by_length[torch.linspace(0, len(by_length) - 1, chunk).long()]
-        peaks.append(_peak(clip, pairs, rows if whole else rows.repeat(2), chunk))
-    clip.model.train(mode)
+        peaks.append(_peak(clip, epoch, loss, rows if one_chunk else rows.repeat(2), chunk))
     restore(state)
-    each = (peaks[1] - peaks[0]) / (TRIALS[1] - TRIALS[0])
-    return peaks[0] - each * TRIALS[0], each
+    per_pair = (peaks[1] - peaks[0]) / (TRIALS[1] - TRIALS[0])
+    return peaks[0] - per_pair * TRIALS[0], per_pair
 
 
-def _peak(clip: Clip, pairs: Pairs, rows: Tensor, chunk: int) -> int:
-    """The most bytes that a step holds at a time, beyond those that were there before. Every process does `rows`."""
-    rows = rows.repeat(distributed.world_size())
+def _peak(clip: Clip, epoch: Epoch, loss: Loss, rows: Tensor, chunk: int) -> int:
+    """Peak bytes of a step on `rows`, beyond those in use before it."""
+    world = distributed.world_size()
+    batch = epoch.batch(rows.repeat(world), distributed.rank(), world)
     if clip.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        contrastive_backward(clip, pairs, rows, chunk)
+        contrastive_backward(clip, batch, loss, chunk)
         peak = torch.cuda.max_memory_allocated() - before
     else:
         with _LiveBytes() as live:
-            contrastive_backward(clip, pairs, rows, chunk)
+            contrastive_backward(clip, batch, loss, chunk)
         peak = int(HEAP * live.peak)
     clip.model.zero_grad(set_to_none=True)
     return peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts, inside the `with`, the bytes of all tensors that operations have made and nobody has dropped yet."""
+    """Count the bytes of all tensors that operations inside the `with` have created and that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,13 +130,13 @@ class _LiveBytes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here; True would import all of torch.compile, seconds of it
+        return False  # True would import torch.compile, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for storage in {t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)}:
-            if storage._cdata not in given:  # else a view, or a result written in place
+            if storage._cdata not in inputs:  # else a view, or a result written in place
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._drop, storage.nbytes())
         self.peak = max(self.peak, self.now)
@@ -146,28 +147,26 @@ class _LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def out_of_memory_in_words(job: Any) -> Iterator[None]:
-    """Turns every library's own way to say "out of memory" into one sentence, with the flags that help."""
+def explain_out_of_memory(trainer: Any) -> Iterator[None]:
+    """Turn each library's out-of-memory error into one sentence with the flags that help."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not known:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        plan, batch = job.plan, job.config.batch_size // distributed.world_size()
-        flags = [f"--chunk-size {max(1, min(plan.chunk_size, batch) // 2)}"]
+        plan, pairs = trainer.plan, distributed.divide(trainer.config.batch_size)
+        flags = [f"--chunk-size {max(1, min(plan.chunk_size, pairs) // 2)}"]
         flags += [] if plan.checkpointing else ["--checkpointing on"]
         raise UserError(
-            f"out of memory in step {job.done + 1}, with {batch} pairs {plan.in_words(batch)}: "
-            f"give {' or '.join(flags)}; what is learned stays the same, and --resume goes on from the last checkpoint."
+            f"Out of memory in step {trainer.done + 1} with {pairs} pairs {plan.describe(pairs)}. "
+            f"Give {' or '.join(flags)}, which leaves the loss as it is. --resume continues from the last checkpoint."
         ) from error
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU under Linux: the C library keeps the memory of dropped tensors for the next, to the end of the process.
+    """On a CPU under Linux, let the C library keep the memory of freed tensors for the next ones.
 
-    glibc gives large pieces back to the system and asks for them again at the next tensor, whose every page is then
-    cleared and mapped anew at its first touch.
+    By default glibc returns large blocks to the system, which clears and maps every page again at the next tensor.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
     if device.type == "cpu" and sys.platform == "linux" and hasattr(c_library := ctypes.CDLL(None), "mallopt"):
@@ -176,9 +175,9 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that training may take: nine tenths of what the GPU has to give; half of the machine's own memory.
+    """Bytes that training may take: nine tenths of what is free on the GPU; half of the machine's memory on a CPU.
 
-    Not what happens to be free at the moment on a CPU: the same command is to take the same chunks tomorrow.
+    On a CPU of all memory, not of what is free now, so that the same command takes the same chunks tomorrow.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -188,22 +187,22 @@ def memory_limit(device: torch.device) -> int:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes that are taken now: allocated on the GPU, or resident in this process."""
+    """Bytes in use now: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated()
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the peak is the best that is known
+    except OSError:  # not Linux: the peak is the best known value
         return peak_memory(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were taken at a time: on a GPU since the flight check, on a CPU since the process began."""
+    """Peak bytes in use: on a GPU since the flight check, on a CPU since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
-        with open("/proc/self/status") as file:  # VmHWM is this program's own; ru_maxrss begins with its parent's
+        with open("/proc/self/status") as file:  # VmHWM is this process's; ru_maxrss starts at its parent's
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
         pass

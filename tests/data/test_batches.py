@@ -12,7 +12,7 @@ from clip_medical import load_clip
 from clip_medical.data import cache
 from clip_medical.data.batches import prepare, row_batches
 from clip_medical.data.images import UnreadableImage
-from clip_medical.data.sources import Split
+from clip_medical.data.dataset import Split
 from clip_medical.errors import UserError
 from clip_medical.model import Clip
 

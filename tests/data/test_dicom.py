@@ -1,5 +1,6 @@
-"""DICOM files as pydicom writes them: the grey levels that a radiologist would be shown."""
+"""The grey levels of DICOM files, which the tests write with pydicom."""
 
+import hashlib
 import io
 import sys
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_medical.data.images import UnreadableImage, decode
+from clip_medical.data.images import UnreadableImage, decode, resize_and_crop
+from clip_medical.errors import UserError
 
 pydicom = pytest.importorskip("pydicom")
 
 
 def dicom(pixels: np.ndarray, **tags: Any) -> bytes:
-    """A Secondary Capture file with these stored values (H, W), (frames, H, W) or, for RGB, (H, W, 3)."""
+    """Return a Secondary Capture file with these stored values, (H, W), (frames, H, W) or, for RGB, (H, W, 3)."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
@@ -41,66 +43,76 @@ def dicom(pixels: np.ndarray, **tags: Any) -> bytes:
     return buffer.getvalue()
 
 
-def shown(pixels: np.ndarray, **tags: Any) -> list[Any]:
-    return np.asarray(decode(dicom(pixels, **tags), "scan 17")).tolist()
+def grey_levels(pixels: np.ndarray, **tags: Any) -> list[Any]:
+    return list(np.asarray(decode(dicom(pixels, **tags), "scan 17")).tolist())
 
 
 STORED = np.array([[0, 864, 1064, 1264, 4000]], np.int16)  # with the intercept -1024: air, -160, 40, 240, metal
 CT = dict(RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
 
 
-def test_the_window_is_in_the_units_of_the_scanner() -> None:
-    """Catches stored values windowed before the rescale, and a range taken from the image and not from the window."""
-    assert shown(STORED, **CT) == [[0, 0, 128, 255, 255]]
-    assert shown(STORED[:, :3], **CT) == [[0, 0, 128]]
-    assert shown(STORED, **CT | {"WindowCenter": [40, 500], "WindowWidth": [400, 90]}) == [[0, 0, 128, 255, 255]]
+def test_the_window_applies_to_rescaled_values() -> None:
+    """Catches a window applied before the rescale, and an output range taken from the image, not the window."""
+    assert grey_levels(STORED, **CT) == [[0, 0, 128, 255, 255]]
+    assert grey_levels(STORED[:, :3], **CT) == [[0, 0, 128]]
+    assert grey_levels(STORED, **CT | {"WindowCenter": [40, 500], "WindowWidth": [400, 90]}) == [[0, 0, 128, 255, 255]]
 
 
-def test_without_a_window_from_the_darkest_to_the_lightest() -> None:
-    """Catches 16 bits cut off at 255."""
-    assert shown(np.array([[1000, 2000, 3000]], np.uint16)) == [[0, 128, 255]]
-    assert shown(np.full((2, 2), 700, np.uint16)) == [[0, 0], [0, 0]]
+def test_without_a_window_the_full_range_is_mapped() -> None:
+    """Catches 16-bit values clipped at 255, and a division by zero for a constant image."""
+    assert grey_levels(np.array([[1000, 2000, 3000]], np.uint16)) == [[0, 128, 255]]
+    assert grey_levels(np.full((2, 2), 700, np.uint16)) == [[0, 0], [0, 0]]
 
 
-def test_a_lookup_table_goes_before_a_window() -> None:
-    """Catches a VOI LUT ignored, or scaled to what of it occurs in the image."""
+def test_a_lookup_table_takes_precedence_over_a_window() -> None:
+    """Catches an ignored VOI LUT, or one scaled by the values that occur in the image."""
     from pydicom.dataset import Dataset
 
     table = Dataset()
     table.LUTDescriptor, table.LUTData = [4, 0, 16], (np.array([0, 10, 100, 200], np.uint16) * 257).tobytes()
     stored = np.array([[0, 1, 2, 3]], np.uint16)
-    assert shown(stored, VOILUTSequence=[table], WindowCenter=1, WindowWidth=2) == [[0, 10, 100, 200]]
+    assert grey_levels(stored, VOILUTSequence=[table], WindowCenter=1, WindowWidth=2) == [[0, 10, 100, 200]]
 
 
 def test_monochrome1_is_inverted() -> None:
-    """Catches negatives: an X-ray with white air."""
-    inverted = [[255, 255, 127, 0, 0]]
-    assert shown(STORED, **CT, PhotometricInterpretation="MONOCHROME1") == inverted
+    """Catches negatives, that is X-rays with white air."""
+    assert grey_levels(STORED, **CT, PhotometricInterpretation="MONOCHROME1") == [[255, 255, 127, 0, 0]]
 
 
-def test_the_middle_frame_of_several() -> None:
-    """Catches a volume judged by the air at its end, and a whole volume taken for one image."""
+def test_the_middle_of_several_frames_is_decoded() -> None:
+    """Catches a volume represented by the air at its end, and a whole volume decoded as one image."""
     frames = np.stack([np.full((2, 3), value, np.uint8) for value in (0, 10, 90, 20)])
     frames[:, 0, 0] = 255
-    assert shown(frames, WindowCenter=128, WindowWidth=256)[1][1] == 90
+    assert grey_levels(frames, WindowCenter=128, WindowWidth=256)[1][1] == 90
 
 
-def test_colour_stays_colour() -> None:
-    """Catches Doppler ultrasound in grey, or with its channels mixed up."""
+def test_colours_are_unchanged() -> None:
+    """Catches Doppler ultrasound decoded to grey, or with its channels interchanged."""
     colours = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    assert shown(colours, PhotometricInterpretation="RGB") == colours.tolist()
+    assert grey_levels(colours, PhotometricInterpretation="RGB") == colours.tolist()
 
 
-def test_damaged_files_are_named() -> None:
-    """Catches a traceback out of pydicom, for any place where a file can be cut off."""
-    whole = dicom(np.arange(600, dtype=np.uint16).reshape(20, 30))
-    for end in (133, 200, 400, len(whole) - 600, len(whole) - 2):
-        with pytest.raises(UnreadableImage, match="image scan 17 cannot be read: "):
-            decode(whole[:end], "scan 17")
+def test_errors_name_a_damaged_file() -> None:
+    """Catches a traceback from pydicom, for a file truncated at any place."""
+    complete = dicom(np.arange(600, dtype=np.uint16).reshape(20, 30))
+    for end in (133, 200, 400, len(complete) - 600, len(complete) - 2):
+        with pytest.raises(UnreadableImage, match="Image scan 17 cannot be read: "):
+            decode(complete[:end], "scan 17")
 
 
-def test_without_pydicom_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an ImportError out of an optional extra."""
+def test_without_pydicom_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an ImportError, and a DICOM file that counts as damaged: the cache would leave it out for good."""
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(UnreadableImage, match=r"DICOM.*pip install 'clip-medical-lora\[dicom\]'"):
+    with pytest.raises(UserError, match=r"scan 17.*DICOM.*pip install 'clip-medical-lora\[dicom\]'") as caught:
         decode(dicom(STORED), "scan 17")
+    assert not isinstance(caught.value, UnreadableImage)
+
+
+def test_pixels_change_only_together_with_the_format_of_the_cache() -> None:
+    """Catches a change of decoding that leaves existing caches in use, with the pixels of older code."""
+    stored = (np.arange(1200) ** 2 // 7 % 4096).astype(np.int16).reshape(30, 40)
+    square = resize_and_crop(decode(dicom(stored, **CT), "CT"), 32)
+    digest = hashlib.sha256(square.tobytes()).hexdigest()[:16]
+    assert digest == "6c75ce3b4934b343", (
+        "pixels changed: raise FORMAT in clip_medical/data/cache.py, record the new hash"
+    )

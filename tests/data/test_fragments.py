@@ -1,4 +1,4 @@
-"""Fragments of captions: what an epoch reads beside them."""
+"""Fragments of captions: runs of complete words between the start and the end token."""
 
 from itertools import islice
 from pathlib import Path
@@ -8,12 +8,11 @@ import torch
 from PIL import Image
 
 from clip_medical.config import Config
-from clip_medical.data.batches import Pairs, epochs, prepare
+from clip_medical.data.batches import Pairs, batches, prepare
+from clip_medical.data.dataset import load_data
 from clip_medical.data.fragments import FIRST, LONGEST, fragments
-from clip_medical.data.sources import load_data
-from clip_medical.errors import UserError
 from clip_medical.model import load_clip
-from clip_medical.training.losses import same_rows
+from clip_medical.training.loss import same_rows
 
 START, END = 1, 99
 LENGTHS = torch.tensor([2, 3, 7, 30, 30])
@@ -23,88 +22,98 @@ for row, length in enumerate(LENGTHS.tolist()):
     TOKENS[row, 1 : length - 1] = torch.arange(10, 10 + length - 2)
 
 
-def test_a_fragment_is_a_run_of_the_first_words_of_its_caption_between_start_and_end() -> None:
-    """Catches a lost start or end token, words from the padding or from far back in the caption, gaps, fragments of one
-    length or from one place alone or too long, and a caption without words."""
-    seen = set()
+def test_a_fragment_is_a_run_of_the_first_words_between_start_and_end() -> None:
+    """Catches a lost start or end token, words from the padding or the end of the caption, gaps, fragments of one
+    length, of one position or too long, and a caption without words."""
+    drawn = set()
     for epoch in range(400):
         tokens, lengths = fragments(TOKENS, LENGTHS, None, 0, epoch)
         for row in range(len(TOKENS)):
             words = tokens[row, 1 : lengths[row] - 1].tolist()
             assert tokens[row, 0] == START and (tokens[row, lengths[row] - 1 :] == END).all()
             assert words == list(range(words[0], words[0] + len(words))) if words else LENGTHS[row] == 2
-            assert not words or (words[0] >= 10 and words[-1] < 10 + min(FIRST, LENGTHS[row] - 2))
-        seen.add(tuple(tokens[3, 1 : lengths[3] - 1].tolist()))
+            assert not words or (words[0] >= 10 and words[-1] < 10 + min(FIRST, int(LENGTHS[row]) - 2))
+        drawn.add(tuple(tokens[3, 1 : lengths[3] - 1].tolist()))
     runs = {tuple(range(10 + a, 10 + b)) for b in range(1, FIRST + 1) for a in range(max(0, b - LONGEST), b)}
-    assert seen == runs, "every run of the first words has its turn"
+    assert drawn == runs
 
 
-def test_a_word_is_never_cut() -> None:
-    """Catches "rad" for "radiograph": words of two and three tokens that come apart, or count as two or three words;
-    and the lost last word of a caption that was cut in the middle of it."""
+def test_words_are_never_cut() -> None:
+    """Catches "rad" for "radiograph", that is words of two or three tokens that are split or count as several words;
+    and the loss of the last word of a caption that was truncated inside this word."""
     ends_word = torch.zeros(100, dtype=torch.bool)
     ends_word[[10, 12, 15, 16, 18, 19, 20, 21, 23, 24, 29]] = True
     long = [(10, 10), (11, 12), (13, 15), (16, 16), (17, 18), (19, 19), (20, 20), (21, 21)]  # first and last tokens
-    short = [(10, 10), (11, 12), (13, 14)]  # the third word is not finished
-    seen: dict[int, set[tuple[int, ...]]] = {2: set(), 3: set()}
+    short = [(10, 10), (11, 12), (13, 14)]  # the third word is truncated
+    drawn: dict[int, set[tuple[int, ...]]] = {2: set(), 3: set()}
     for epoch in range(400):
         tokens, lengths = fragments(TOKENS, LENGTHS, ends_word, 0, epoch)
-        for row, found in seen.items():
-            found.add(tuple(tokens[row, 1 : lengths[row] - 1].tolist()))
+        for row, runs in drawn.items():
+            runs.add(tuple(tokens[row, 1 : lengths[row] - 1].tolist()))
     for row, words in {2: short, 3: long}.items():
-        runs = [words[a:b] for b in range(1, len(words) + 1) for a in range(max(0, b - LONGEST), b)]
-        assert seen[row] == {tuple(range(run[0][0], run[-1][1] + 1)) for run in runs}
+        expected = [words[a:b] for b in range(1, len(words) + 1) for a in range(max(0, b - LONGEST), b)]
+        assert drawn[row] == {tuple(range(run[0][0], run[-1][1] + 1)) for run in expected}
 
 
-def test_the_words_are_those_of_the_tokenizer(tmp_path: Path) -> None:
-    """Catches a vocabulary whose ends of words are not found, so that every token, or the whole caption, is a word."""
+def test_a_fragment_depends_on_seed_epoch_and_number() -> None:
+    """Catches fragments that a resumed run does not repeat, equal ones in all epochs or in all fragments of an epoch,
+    and captions that are modified in place."""
+    captions = TOKENS[3:].repeat(10, 1)
+    original, lengths = captions.clone(), torch.full((20,), 30)
+    drawn = fragments(captions, lengths, None, 1, 2, 3)[0]
+    torch.rand(3)
+    assert torch.equal(fragments(captions, lengths, None, 1, 2, 3)[0], drawn)
+    for other in ((0, 2, 3), (1, 3, 3), (1, 2, 0)):
+        assert not torch.equal(fragments(captions, lengths, None, *other)[0], drawn)
+    assert torch.equal(captions, original)
+
+
+def test_words_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    """Catches a vocabulary without word ends, with which each token or the whole caption counts as a word."""
     for number in range(4):
         Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
     lines = [f'{number}.png,"Orthopantomogram, lateral jaws"' for number in range(4)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]))
-    clip = load_clip()
-    pairs = prepare(load_data(str(tmp_path / "pairs.csv")).train, clip, "training")
-    read = {
-        clip.tokenizer.decode(tokens[1 : length - 1])
-        for epoch in range(60)
-        for cut in pairs.in_epoch(Config(), epoch).fragments
-        for tokens, length in zip(cut.tokens, cut.lengths, strict=True)
+    processor = load_clip().processor
+    pairs = prepare(load_data(str(tmp_path / "pairs.csv")).train, processor, "training")
+    drawn = {
+        processor.tokenizer.decode(tokens[1 : length - 1])
+        for epoch in range(200)
+        for tokens, length in zip(*fragments(pairs.tokens, pairs.lengths, pairs.ends_word, 0, epoch), strict=True)
     }
     words = ["orthopantomogram", ",", "lateral", "jaws"]
-    assert read == {" ".join(words[first:last]) for last in range(1, 5) for first in range(last)}
+    assert drawn == {" ".join(words[first:last]) for last in range(1, 5) for first in range(last)}
 
 
-def test_an_epoch_reads_captions_and_their_fragments() -> None:
-    """Catches captions cut in place, an epoch cut anew half-way, one that a resumed run reads otherwise, fragments that
-    are all the same, a weight that grows with their number, and a number of 0 that reads fragments all the same."""
-    number = torch.arange(8)
-    pairs = Pairs(torch.zeros(8, 3, 2, 2), TOKENS[3:4].repeat(8, 1), LENGTHS[3:4].repeat(8), number, number)
-    config = Config(batch_size=4, fragments=3)
-    steps = list(islice(epochs(pairs, number, config, 0), 4))
-    cut = [read.fragments for read, _ in steps]
-    for read, each in zip(steps, cut, strict=True):
-        assert sum(one.weight for one in each) == pytest.approx(1)
-        assert read[0].weight == 1 and read[0].tokens is pairs.tokens
-        assert len({one.tokens.numpy().tobytes() for one in each}) == 3
-    first, second, third, last = (each[1].tokens for each in cut)
-    assert torch.equal(first, second) and torch.equal(third, last) and not torch.equal(second, third)
-    resumed, rows = next(epochs(pairs, number, config, 3))
-    assert torch.equal(resumed.fragments[1].tokens, last)
-    assert torch.equal(rows, steps[3][1])
-    assert next(epochs(pairs, number, Config(batch_size=4, fragments=0), 0))[0].fragments == ()
+def test_batches_hold_captions_and_fragments() -> None:
+    """Catches captions cut in place, fragments of other rows or of another epoch, a resumed run with other fragments,
+    equal fragments within an epoch, a weight that grows with their number, and fragments although there are none."""
+    rows = torch.arange(8)
+    pairs = Pairs(torch.zeros(8, 3, 2, 2), TOKENS[3:4].repeat(8, 1), LENGTHS[3:4].repeat(8), rows, rows)
+    config = Config(batch_size=4, fragments=3, seed=5)
+    steps = list(islice(batches(pairs, config), 4))
+    for step, batch in enumerate(steps):
+        captions, *cut = batch.captions
+        assert captions.weight == 1 and torch.equal(captions.tokens, pairs.tokens[batch.rows])
+        assert sum(fragment.weight for fragment in cut) == pytest.approx(1)
+        assert len({fragment.tokens.numpy().tobytes() for fragment in cut}) == 3
+        for number, fragment in enumerate(cut):
+            tokens, lengths = fragments(pairs.tokens, pairs.lengths, None, 5, step // 2, number)
+            assert torch.equal(fragment.tokens, tokens[batch.rows]) and torch.equal(
+                fragment.lengths, lengths[batch.rows]
+            )
+    resumed = next(batches(pairs, config, start=3))
+    assert torch.equal(resumed.rows, steps[3].rows)
+    assert torch.equal(resumed.captions[1].tokens, steps[3].captions[1].tokens)
+    assert len(next(batches(pairs, Config(batch_size=4, fragments=0))).captions) == 1
 
 
-def test_equal_fragments_are_right_for_each_other() -> None:
-    """Catches "CT" under two pictures counted as wrong for one of them, and captions that no longer count as equal."""
-    words = torch.tensor([[START, 10, END], [START, 10, END], [START, 11, END]])
-    pairs = Pairs(torch.zeros(3, 3, 2, 2), words, torch.tensor([3, 3, 3]), torch.arange(3), torch.arange(3))
-    assert same_rows(*pairs.ids).equal(torch.eye(3, dtype=torch.bool))
-    expected = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    cut = pairs.in_epoch(Config(), 0).fragments[0]
-    assert same_rows(*cut.ids).equal(expected)
-
-
-def test_a_weight_of_an_older_run_is_no_number_of_fragments() -> None:
-    """Catches a config.json from when this was a weight, 0.5, that would end in a traceback of range()."""
-    with pytest.raises(UserError, match="--fragments is 0.5: give a whole number"):
-        Config(fragments=0.5)  # type: ignore[arg-type]
+def test_equal_fragments_are_positives_of_each_other() -> None:
+    """Catches "CT" under two images that counts as a negative of one of them, and captions whose positives change."""
+    words, rows = torch.tensor([[START, 10, END], [START, 10, END], [START, 11, END]]), torch.arange(3)
+    pairs = Pairs(torch.zeros(3, 3, 2, 2), words, torch.tensor([3, 3, 3]), rows, rows)
+    batch = next(batches(pairs, Config(batch_size=3, fragments=1)))
+    captions, cut = batch.captions
+    word = words[batch.rows, 1]
+    assert same_rows(*captions.ids).equal(torch.eye(3, dtype=torch.bool))
+    assert same_rows(*cut.ids).equal(word[:, None] == word)

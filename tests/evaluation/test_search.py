@@ -1,6 +1,8 @@
-"""The index: what is found, what is not read twice, what is refused, and what an interruption leaves."""
+"""The index: search results, images that are not read again, refusals, and interruptions."""
 
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,19 +10,19 @@ import torch
 from PIL import Image
 
 from clip_medical import load_clip
-from clip_medical.data.phantoms import phantom
+from clip_medical.data.synthetic.phantoms import phantom
 from clip_medical.errors import UserError
 from clip_medical.evaluation import search
 from clip_medical.evaluation.search import Index, Item
 from clip_medical.model import Clip
-from lora import adapter_parameters, inject
+from lora import adapter_parameters, inject, set_strength
 
-PICTURES = [phantom(0, "search", row) for row in range(7)]
+PHANTOMS = [phantom(0, "search", row) for row in range(7)]
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Clip]:
-    """A base, and an adapter of it that shows."""
+    """A base model, and the same with a random adapter."""
     adapted = load_clip()
     inject(adapted.model)
     with torch.no_grad():
@@ -29,11 +31,12 @@ def models() -> dict[str, Clip]:
     return {"unadapted": load_clip(), "adapted": adapted}
 
 
+def image(row: int) -> Image.Image:
+    return PHANTOMS[row].image
+
+
 def items(rows: range = range(7), source: str = "phantoms") -> list[Item]:
-    return [
-        Item(f"phantom {r}", source, PICTURES[r].caption, PICTURES[r].labels, lambda r=r: PICTURES[r].image)  # type: ignore[misc]
-        for r in rows
-    ]
+    return [Item(f"phantom {r}", source, PHANTOMS[r].caption, PHANTOMS[r].labels, partial(image, r)) for r in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -41,104 +44,119 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "PART", 3)
 
 
-def test_search_finds_what_a_plain_product_finds(models: dict[str, Clip], tmp_path: Path) -> None:
-    """Catches rows and features out of step across the parts, and one model's features taken for the other's."""
+def test_results_are_those_of_a_matmul(models: dict[str, Clip], tmp_path: Path) -> None:
+    """Catches rows and features out of step across parts, and features of one model taken for the other's."""
     assert Index(tmp_path / "index", models).add(items()).new == 7
     index = Index(tmp_path / "index", models)  # read from disk
     assert len(index) == 7 and len(index.parts) == 3
     for model, clip in models.items():
-        features = clip.encode_images([p.image for p in PICTURES])
+        features = clip.encode_images([p.image for p in PHANTOMS])
         query = clip.encode_texts(["CT of the head"])[0]
         found = index.search(model, query, k=4)
         scores, rows = (features @ query).topk(4)
         assert [hit.name for hit in found] == [f"phantom {row}" for row in rows.tolist()]
         assert [hit.score for hit in found] == pytest.approx(scores.tolist(), abs=1e-5)
-        assert [hit.caption for hit in found] == [PICTURES[row].caption for row in rows.tolist()]
-        itself = index.search(model, features[5], k=1)[0]
-        assert itself.name == "phantom 5" and itself.score == pytest.approx(1, abs=1e-5)
-    small = index.thumbnail(5).convert("L")
-    assert small.size == (128, 128)
-    difference = torch.tensor(list(small.tobytes())).sub(torch.tensor(list(PICTURES[5].image.tobytes())))
-    assert difference.abs().float().mean() < 6  # that picture, as JPEG has it, and not a neighbour
+        assert [hit.caption for hit in found] == [PHANTOMS[row].caption for row in rows.tolist()]
+        assert found[0].labels == PHANTOMS[found[0].row].labels
+        same = index.search(model, features[5], k=1)[0]
+        assert same.name == "phantom 5" and same.score == pytest.approx(1, abs=1e-5)
+    thumbnail = index.thumbnail(5).convert("L")
+    assert thumbnail.size == (128, 128)
+    difference = torch.tensor(list(thumbnail.tobytes())).sub(torch.tensor(list(PHANTOMS[5].image.tobytes())))
+    assert difference.abs().float().mean() < 6  # that image after JPEG compression, not its neighbour
 
 
-def test_what_is_known_is_not_read_again(models: dict[str, Clip], tmp_path: Path) -> None:
-    """Catches an index that grows by being built twice, and a second build as slow as the first."""
+def test_known_images_are_not_read_again(models: dict[str, Clip], tmp_path: Path) -> None:
+    """Catches an index that grows when it is built twice, and a second build as slow as the first."""
     Index(tmp_path, models).add(items(range(4)))
 
     def refuse() -> Image.Image:
-        raise AssertionError("this picture was in the index already")
+        raise AssertionError("this image was in the index already")
 
+    processed: list[int] = []
     again = [item._replace(open=refuse) for item in items(range(4))] + items(range(4, 7))
-    added = Index(tmp_path, models).add(again)
-    assert (added.new, added.known, added.duplicates) == (3, 4, 0)
-    added = Index(tmp_path, models).add(items(source="the same under another name"))
+    added = Index(tmp_path, models).add(again, processed.append)
+    assert (added.new, added.known, added.duplicates) == (3, 4, 0) and sum(processed) == 7
+    added = Index(tmp_path, models).add(items(source="the same images under another name"))
     assert (added.new, added.known, added.duplicates) == (0, 0, 7) and len(Index(tmp_path, models)) == 7
 
 
-def test_an_interrupted_build_goes_on(models: dict[str, Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a part that counts although its features were never written, and one that is begun again from nothing."""
-    whole = search.save_file
-    written: list[Path] = []
+def test_interrupted_build_continues(models: dict[str, Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a part that counts although it was not written completely, and finished parts built a second time."""
+    replace = os.replace
+    finished: list[Path] = []
 
-    def stop(features: dict[str, torch.Tensor], file: Path) -> None:
-        if len(written) == 1:
+    def stop(source: Path, target: Path) -> None:
+        if target.suffix == ".arrow" and finished:
             raise KeyboardInterrupt
-        written.append(file)
-        whole(features, file)
+        if target.suffix == ".arrow":
+            finished.append(target)
+        replace(source, target)
 
-    monkeypatch.setattr(search, "save_file", stop)
     index = Index(tmp_path, models)
+    monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         index.add(items())
-    assert len(index) == 3 and len(list(tmp_path.glob("part-*.parquet"))) == 2  # the rows of the second were written
-    monkeypatch.setattr(search, "save_file", whole)
+    assert len(index) == 3 and len(finished) == 1
+    monkeypatch.setattr(os, "replace", replace)
     added = Index(tmp_path, models).add(items())
     assert (added.new, added.known) == (4, 3)
-    assert [row["name"] for row in Index(tmp_path, models).rows] == [f"phantom {r}" for r in range(7)]
+    index = Index(tmp_path, models)
+    query = models["unadapted"].encode_texts(["CT of the head"])[0]
+    assert {hit.name for hit in index.search("unadapted", query, k=10)} == {f"phantom {r}" for r in range(7)}
 
 
-def test_one_bad_picture_does_not_end_the_build(models: dict[str, Clip], tmp_path: Path) -> None:
-    """Catches an archive of 100,000 that stops at its one truncated file."""
+def test_unreadable_image_does_not_end_the_build(models: dict[str, Clip], tmp_path: Path) -> None:
+    """Catches an archive of 100,000 images that stops at its one truncated file."""
 
     def broken() -> Image.Image:
-        raise UserError("image x.png cannot be read: it is empty.")
+        raise UserError("Image x.png cannot be read: it is empty.")
 
     added = Index(tmp_path, models).add([*items(range(2)), items()[2]._replace(open=broken), *items(range(3, 5))])
-    assert added.new == 4 and added.unreadable == ["image x.png cannot be read: it is empty."]
+    assert added.new == 4 and added.unreadable == ["Image x.png cannot be read: it is empty."]
 
 
 def test_features_of_other_weights_are_refused(models: dict[str, Clip], tmp_path: Path) -> None:
-    """Catches queries of one model compared with features of another: plausible numbers, meaningless order."""
+    """Catches queries of one model compared with features of another: plausible scores in a meaningless order."""
     Index(tmp_path, models).add(items(range(2)))
-    other = load_clip()
-    inject(other.model)  # an adapter that does nothing yet is another adapter
-    with pytest.raises(UserError, match="other weights"):
-        Index(tmp_path, models | {"adapted": other})
-    with pytest.raises(UserError, match="other weights"):
-        Index(tmp_path, {"unadapted": models["unadapted"]})
     files = sorted(tmp_path.iterdir())
+    other = load_clip()
+    inject(other.model)  # B is zero, so the features are those of the base, but the adapter is another one
+    for refused in (models | {"adapted": other}, {"unadapted": models["unadapted"]}):
+        with pytest.raises(UserError, match="other weights"):
+            Index(tmp_path, refused)
+    set_strength(models["adapted"].model, 0.5)
+    with pytest.raises(UserError, match="other weights"):
+        Index(tmp_path, models)
+    set_strength(models["adapted"].model, 1.0)
     assert len(Index(tmp_path, models)) == 2 and sorted(tmp_path.iterdir()) == files
 
 
 @pytest.fixture
-def damaged(models: dict[str, Clip], tmp_path: Path) -> Iterator[Path]:
+def index_folder(models: dict[str, Clip], tmp_path: Path) -> Iterator[Path]:
     Index(tmp_path, models).add(items(range(2)))
     yield tmp_path
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".safetensors"])
-def test_a_damaged_part_is_named(damaged: Path, models: dict[str, Clip], suffix: str) -> None:
-    """Catches a traceback from the depths of Arrow, and a search over what can still be read."""
-    file = damaged / f"part-00000{suffix}"
-    file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(UserError, match="part-00000.*delete"):
-        Index(damaged, models)
+@pytest.mark.parametrize("size", [0, 50, 0.5, -10])
+def test_damaged_part_is_named(index_folder: Path, models: dict[str, Clip], size: float) -> None:
+    """Catches a traceback from the depths of Arrow, and a search over the remaining rows."""
+    file = index_folder / "part-00000.arrow"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(size * len(content)) if isinstance(size, float) else size])
+    with pytest.raises(UserError, match="part-00000.* is damaged .*Delete"):
+        Index(index_folder, models)
 
 
-def test_a_folder_with_other_files_is_not_made_an_index(models: dict[str, Clip], tmp_path: Path) -> None:
-    """Catches --index pointed at a folder of pictures, which would be littered with parts."""
+def test_folder_with_other_files_is_refused(models: dict[str, Clip], tmp_path: Path) -> None:
+    """Catches --index pointed at a folder of images, which the index would fill with its parts."""
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(UserError, match="choose another --index"):
+    with pytest.raises(UserError, match="Choose another --index"):
         Index(tmp_path, models)
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_search_in_an_empty_index_is_refused(models: dict[str, Clip], tmp_path: Path) -> None:
+    """Catches an IndexError where the user has added nothing yet."""
+    with pytest.raises(UserError, match="is empty. Add images"):
+        Index(tmp_path, models).search("unadapted", torch.ones(128))

@@ -1,4 +1,4 @@
-"""One finished run of a small random CLIP, and experiments as a person types them."""
+"""Fixtures: a finished run of a small random CLIP, and experiments run as from the command line."""
 
 import sys
 from importlib import import_module
@@ -13,7 +13,7 @@ from tests.stand_in_hub import clip_folder
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose adapter shows: a high learning rate, and a temperature that was trained."""
+    """A run folder; its high learning rate and trained temperature make adapted results differ from unadapted ones."""
     base = clip_folder(tmp_path_factory.mktemp("base") / "clip", bin_file=False)
     folder = tmp_path_factory.mktemp("runs") / "x"
     flags = "--limit 40 --batch-size 8 --steps 4 --rank 4 --lr 0.05 --train-logit-scale".split()
@@ -25,13 +25,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`python -m experiments.NAME` with these arguments, in this process; returns its exit code."""
+    """Run `python -m experiments.NAME ARGUMENTS` in this process and return its exit code."""
     from experiments import common
 
     def call(name: str, *arguments: object) -> int:
         module = import_module(f"experiments.{name}")
-        kind = {"recall": "Recall", "stress_test": "StressTest", "zero_shot": "ZeroShot", "search": "Search"}
+        (experiment,) = (
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, common.Experiment) and value.__module__ == module.__name__
+        )
         monkeypatch.setattr(sys, "argv", [f"/somewhere/{name}.py", *map(str, arguments)])
-        return common.main(name, getattr(module, kind.get(name, "Ablation")), module.run)
+        return common.main(experiment)
 
     return call

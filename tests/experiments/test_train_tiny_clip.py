@@ -1,28 +1,66 @@
-"""The script behind the demo's base still trains one, with the towers and the loss that train.py uses."""
+"""The pretraining script of the tiny CLIP."""
 
-import argparse
+import json
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from clip_medical import load_clip
+from clip_medical.data.processor import Processor
+from clip_medical.data.synthetic.phantoms import describe
+from clip_medical.data.synthetic.shapes import scene
 from clip_medical.model import Clip
-from clip_medical.training.losses import info_nce
-from experiments.train_tiny_clip import make_data, make_model, train
+from clip_medical.training.loss import info_nce
+from experiments.train_tiny_clip import Options, make_data, make_model, make_tokenizer, run, train
 
 
-def test_a_few_pairs_are_learned_by_heart_and_text_stays_causal() -> None:
-    """Catches frozen weights, and an attention that no longer hides what follows a caption's end."""
-    asset = load_clip()
+@pytest.mark.slow
+def test_training_overfits_a_few_pairs_and_text_stays_causal() -> None:
+    """Catches frozen weights, and attention from a caption to the padding after its end token."""
+    processor = load_clip().processor
     torch.manual_seed(0)
-    clip = Clip(make_model(asset.tokenizer), asset.tokenizer, asset.image_processor, "new")
+    model = make_model(processor.tokenizer)
+    clip = Clip(model, Processor(processor.tokenizer, processor.image_processor, model.config), "new")
     pixels, captions = make_data(scenes=12, phantoms=4, seed=0)
-    train(clip, pixels, captions, argparse.Namespace(steps=40, batch_size=16, seed=0))
+    train(clip, pixels, captions, Options("both-towers", steps=40, batch_size=16))
 
-    ids, lengths = clip.tokens(captions)
+    ids, lengths = clip.processor.tokens(captions)
     with torch.no_grad():
         texts = clip.text_features(ids, lengths)
         loss = info_nce(clip.image_features(pixels), texts, clip.model.logit_scale)
         shortest = lengths.argmin()
         alone = clip.text_features(ids[shortest, None, : lengths[shortest]], lengths[shortest, None])
-    assert loss < 1  # 2.77 at the start
+    assert loss < 1  # ln 16 = 2.77 at the start
     torch.testing.assert_close(alone[0], texts[shortest])
+
+
+def test_the_tokenizer_has_a_token_for_every_text() -> None:
+    """Catches text that is lost as unknown tokens, split frequent words, and an end token other than the largest id."""
+    captions = [describe(0, "pretrain", i)[0] for i in range(300)] + [
+        scene(0, "pretrain", i).caption for i in range(20)
+    ]
+    tokenizer = make_tokenizer(captions)
+    assert tokenizer.eos_token_id == len(tokenizer) - 1
+    for text in ("ct of the chest", "3 § µ° ñandú", "胸部 X線, à q#"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.eos_token_id) == 1
+        assert str(tokenizer.decode(ids[1:-1])).replace(" ", "") == text.lower().replace(" ", "")
+    assert len(tokenizer("pneumothorax on ct of the chest")["input_ids"]) == 6 + 2
+
+
+@pytest.mark.slow
+def test_both_phases_write_a_model_that_load_clip_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a second phase that starts anew or trains the image encoder, and an overwritten training record."""
+    flags = "--scenes 24 --phantoms 8 --steps 2 --batch-size 8 --output".split()
+    clips = []
+    for phase in ("both-towers", "text"):
+        monkeypatch.setattr(sys, "argv", ["train_tiny_clip", phase, *flags, str(tmp_path)])
+        assert run() == 0
+        clips.append(load_clip(str(tmp_path)))
+    before, after = (clip.model.state_dict() for clip in clips)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("text") or name == "logit_scale" for name in changed)
+    records = json.loads((tmp_path / "training.json").read_text())
+    assert [record["phase"] for record in records] == ["both-towers", "text"]

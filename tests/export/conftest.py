@@ -1,4 +1,4 @@
-"""One finished run of a small random CLIP, and its exports, each made once."""
+"""A finished run of a small CLIP with random weights, and its exports, each made once."""
 
 import sys
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import train
-from clip_medical import load_run
 from clip_medical.model import Clip
-from tests.export.tools import command
+from clip_medical.run_folder import load_run
+from tests.export.tools import command, skip_if_not_installed
 from tests.stand_in_hub import clip_folder
 
 
@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose adapter shows: a high learning rate, and a temperature that was trained."""
+    """A finished run with a trained temperature. The high learning rate makes the effect of the adapter large."""
     folder = tmp_path_factory.mktemp("runs") / "x"
     flags = "--limit 20 --batch-size 8 --steps 4 --lr 0.05 --train-logit-scale".split()
     with pytest.MonkeyPatch.context() as patch:
@@ -30,10 +30,11 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Export once, use often."""
+def exported(run: Path) -> Callable[..., Path]:
+    """Return the folder of an export, which is made at the first call for it."""
 
     def get(to: str, *flags: str) -> Path:
+        skip_if_not_installed(to)
         folder = run / "export" / "-".join([to, *flags[1:]])
         assert folder.exists() or command("--run", run, "--to", to, *flags) == 0
         return folder

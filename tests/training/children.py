@@ -20,9 +20,9 @@ from clip_medical.data.batches import Pairs
 from clip_medical.evaluation.report import encode
 from clip_medical.evaluation.retrieval import retrieval_report
 from clip_medical.training import distributed
-from clip_medical.training.contrastive import contrastive_backward
-from clip_medical.training.job import Job
-from clip_medical.training.learner import Learner
+from clip_medical.training.grad_cache import contrastive_backward
+from clip_medical.training.trainer import Job
+from clip_medical.training.optimizer import Learner
 from lora import adapter_parameters
 from tests.training.test_contrastive import gradients, pairs, small_clip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clip_medical.errors import UserError
-from clip_medical.runs import STATE
+from clip_medical.run_folder import STATE
 from clip_medical.training import checkpoint
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from clip_medical.config import Config
 from clip_medical.errors import UserError
-from clip_medical.runs import STATE
+from clip_medical.run_folder import STATE
 from clip_medical.training import distributed
 from tests.training.children import batch_gradient, finish, measured_training, start
 from tests.training.test_contrastive import relative
@@ -54,14 +54,14 @@ def test_a_failing_process_ends_the_others_with_its_message(tmp_path: Path) -> N
     script = tmp_path / "fails.py"
     script.write_text(
         "import sys, torch.distributed as dist\n"
-        "from clip_medical import command_line\n"
+        "from clip_medical import cli\n"
         "from clip_medical.errors import UserError\n"
         "from clip_medical.training.distributed import processes, rank\n"
         "def action():\n"
         "    with processes():\n"
         "        if rank() == 1: raise UserError('rank 1 has no picture')\n"
         "        dist.barrier()\n"
-        "sys.exit(command_line.exit_code('fails.py', action))\n"
+        "sys.exit(cli.exit_code('fails.py', action))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     here = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ import torch
 
 from clip_medical.config import Config
 from clip_medical.errors import UserError
-from clip_medical.runs import STATE
+from clip_medical.run_folder import STATE
 from tests.training.children import finish, start, training
 from tests.training.test_contrastive import small_clip
 
@@ -56,8 +56,8 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path: Path) -> None:
 def test_another_precision_is_refused_by_name(tmp_path: Path) -> None:
     """Catches a run begun in fp16 on a GPU that goes on in fp32 elsewhere as if that were the same."""
     from clip_medical.training import checkpoint
-    from clip_medical.training.job import Job
-    from clip_medical.training.learner import Learner
+    from clip_medical.training.trainer import Job
+    from clip_medical.training.optimizer import Learner
     from lora import adapter_parameters
     from tests.training.children import data
 
@@ -75,7 +75,7 @@ def test_another_precision_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_new_plan_counts_the_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches memory planned for the captions alone, by the very --chunk-size that an "out of memory" asks for."""
     from clip_medical.training import job as job_module
-    from clip_medical.training.learner import Learner
+    from clip_medical.training.optimizer import Learner
     from clip_medical.training.memory import Plan
     from lora import adapter_parameters
     from tests.training.children import data

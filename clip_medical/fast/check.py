@@ -1,0 +1,141 @@
+"""Verify at the start of a run that the fast encoder computes what transformers and LoRALinear compute.
+
+Two kinds of reasons lead back to the reference encoder. The model holds something that the fast encoder does not run in
+the same way (a hook, a subclass, dropout, another architecture); or the numbers differ. Features, loss and gradients of
+A and B are compared, with B set to random values for the moment: B = 0, as at the start of training, would hide the
+branch.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from clip_medical.fast.packed import PackedEncoder
+from lora import LoRAError, LoRALinear, merged
+from lora.inject import lora_layers
+
+FEATURES, GRADIENTS = 1e-5, 1e-4  # largest differences allowed in fp32: absolute, and relative to the norm
+HALF = 1.5  # in half precision: error against fp32, as a multiple of the reference's own
+
+
+def verify(model: CLIPModel, reference: Any, sample: Any) -> tuple[PackedEncoder | None, str]:
+    """Compare the fast encoder with `reference` on `sample` -> (encoder, how well it matches) or (None, why not).
+
+    Leaves weights, gradients, random state and mode of the model as they were.
+    """
+    if reason := unsupported(model):
+        return None, reason
+    attention = model.config._attn_implementation
+    activations = {m: m.activation_fn for m in model.modules() if hasattr(m, "activation_fn")}
+    with random_b(model):
+        if reason := edited(model):
+            return None, reason
+        expected = measure(model, reference, sample)
+        exact = None
+        if next(model.vision_model.parameters()).dtype.itemsize == 2:
+            exact = measure(copy.deepcopy(model).float(), reference, sample)
+        encoder = PackedEncoder(model)
+        found = measure(model, encoder, sample)
+    error, reason = compare(found, expected, exact)
+    if not reason:
+        return encoder, f"matches transformers + LoRALinear to {error:.0e}"
+    model.set_attn_implementation(attention)
+    for module, activation in activations.items():
+        module.activation_fn = activation
+    return None, reason
+
+
+OURS = (
+    "torch.nn.modules.",
+    "transformers.",
+    "lora.layer",
+    "clip_medical.fast.packed",
+)  # where known layers are defined
+
+
+def unsupported(model: CLIPModel) -> str:
+    """Return why the fast encoder cannot stand in for the reference on this model, "" if nothing speaks against it."""
+    for name, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
+            return f"a hook is registered on {name or 'the model'}"
+        if "forward" in vars(module):
+            return f"forward of {name or 'the model'} was replaced"
+        if isinstance(module, LoRALinear) and type(module) is not LoRALinear:
+            return f"{name} is a {type(module).__name__}, a subclass of LoRALinear"
+        if isinstance(module, LoRALinear) and module.dropout > 0:
+            return "LoRA dropout is on, and captions that share a token would share its mask"
+        if not type(module).__module__.startswith(OURS):
+            return f"{name} is a {type(module).__name__}, a layer that CLIP does not have"
+    config: Any = model.config
+    if config.text_config.attention_dropout > 0 or config.vision_config.attention_dropout > 0:
+        return "attention dropout is on"
+    return ""
+
+
+def edited(model: nn.Module) -> str:
+    """Return why LoRALinear no longer computes W x + b + strength * scaling * B A x, "" if it does."""
+    try:
+        for layer in lora_layers(model).values():
+            merged(layer)  # compares both forms on random input
+    except LoRAError as error:
+        return f"LoRALinear was edited: {error}"
+    return ""
+
+
+@contextmanager
+def random_b(model: nn.Module) -> Iterator[None]:
+    """Add random numbers to every lora_B inside the `with`, so that all branches count."""
+    generator = torch.Generator().manual_seed(0)
+    before = [layer.lora_B.detach().clone() for layer in lora_layers(model).values()]
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.add_(0.05 * torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, b in zip(lora_layers(model).values(), before, strict=True):
+                layer.lora_B.copy_(b)
+
+
+def measure(model: CLIPModel, encoder: Any, sample: Any) -> dict[str, Tensor]:
+    """Features, loss (InfoNCE at a scale of 10, for good conditioning) and gradients of all A and B, in fp32."""
+    dtype = next(model.vision_model.parameters()).dtype
+    matrices = [p for layer in lora_layers(model).values() for p in layer.parameters() if p.requires_grad]
+    with torch.set_grad_enabled(bool(matrices)):
+        images = F.normalize(encoder.image(model, sample.pixel_values.to(dtype)).float(), dim=-1)
+        texts = F.normalize(encoder.text(model, sample.ids, sample.lengths).float(), dim=-1)
+        logits = 10 * images @ texts.T
+        loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device) % logits.shape[1])
+        # scaled, so that fp16 gradients do not underflow; only ratios of gradients are compared
+        gradients = torch.autograd.grad(1024 * loss, matrices, materialize_grads=True) if matrices else ()
+    found = {"features": torch.cat([images.flatten(), texts.flatten()]).detach(), "loss": loss.detach()[None]}
+    if gradients:
+        found["gradients"] = torch.cat([gradient.flatten() for gradient in gradients])
+    return found
+
+
+def compare(
+    found: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor] | None
+) -> tuple[float, str]:
+    """(largest difference, "") where the fast encoder matches; else the reason why it does not."""
+    largest = 0.0
+    for name, values in found.items():
+        if values.shape != expected[name].shape or not values.isfinite().all():
+            return 1.0, f"{name} are not finite or not of the same number"
+        truth = expected[name] if exact is None else exact[name]
+        difference, own = ((each - truth).norm() / truth.norm().clamp(min=1e-12) for each in (values, expected[name]))
+        if name != "gradients" and exact is None:
+            difference = (values - truth).abs().max()
+        limit = (GRADIENTS if name == "gradients" else FEATURES) if exact is None else HALF * own.item() + 1e-3
+        if difference > limit:
+            return difference.item(), f"{name} differ by {difference:.1e}"
+        largest = max(largest, difference.item())
+    return largest, ""

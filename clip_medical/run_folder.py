@@ -1,0 +1,173 @@
+"""The run folder: the contract between training and everything that reads a run.
+
+config.json      the Config of the run, with its preset    adapter/     the adapter in PEFT's layout, logit_scale.json
+metrics.jsonl    one object a step                                      and provenance.json, which PEFT ignores
+report.json, report.md, figures/*.png                      checkpoint/  the state that --resume continues from
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from clip_medical.config import RESUME_MAY_CHANGE, Config
+from clip_medical.errors import UserError
+from clip_medical.model import Clip, load_clip
+from lora import load_adapter, save_adapter
+from lora.peft_format import CONFIG_FILE, WEIGHTS_FILE
+
+STATE = Path("checkpoint", "state.pt")
+SCALE = "logit_scale.json"  # in adapter/, where logit_scale was trained
+PROVENANCE = "provenance.json"  # in adapter/: command, seed, versions, fingerprints of base and data
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SCALE, PROVENANCE)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def choose_folder(preset: str, config: Config) -> Path:
+    """Return the folder of a new run, which need not exist yet, or with --resume that of the run to continue.
+
+    Raises UserError if the folder already holds something, or holds another run than the one to resume.
+    """
+    if config.output is None:
+        if config.resume:
+            raise UserError("--resume needs --output, the run to continue, such as --output runs/demo.")
+        names = (f"runs/{preset}-{n}" if n > 1 else f"runs/{preset}" for n in range(1, 2**62))
+        return next(Path(name) for name in names if not Path(name).exists())
+    folder = Path(config.output)
+    if config.resume:
+        _refuse_another_run(folder, config)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} already holds a run or other files. Continue that run with --resume, or choose another --output."
+        )
+    return folder
+
+
+def _refuse_another_run(folder: Path, config: Config) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no run to resume. Leave out --resume to start a new one there.")
+    if (folder / "report.md").is_file():  # the last file to be written
+        raise UserError(f"The run in {folder} is complete, see its report.md. Choose another --output for a new run.")
+    stored = read_json(folder / "config.json")
+    for name, value in json.loads(json.dumps(asdict(config))).items():
+        if name not in RESUME_MAY_CHANGE and name in stored and stored[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"The run in {folder} has {flag} {stored[name]}, not {value}. "
+                f"Resume it with {flag} {stored[name]}, or start a new run."
+            )
+
+
+def make_folder(folder: Path, flag: str = "--output") -> Path:
+    """Create the folder if need be, and check before long work that results can be written to it.
+
+    Raises UserError, naming `flag`, if it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}). Choose another {flag}.") from error
+    return folder
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write to a temporary file and rename it, so that `file` is never half-written."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def write_config(folder: Path, config: Config, preset: str) -> None:
+    """Create the run folder with its config.json."""
+    make_folder(folder)
+    write_text(folder / "config.json", json.dumps(asdict(config) | {"preset": preset}, indent=2) + "\n")
+
+
+def save_run(clip: Clip, folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Write the adapter of a run, beside it logit_scale where it was trained, and `facts`, the provenance."""
+    adapter = folder / "adapter"
+    save_adapter(clip.model, adapter, base_model=config.model)
+    if config.train_logit_scale:
+        write_text(adapter / SCALE, json.dumps({"logit_scale": clip.model.logit_scale.item()}) + "\n")
+    write_text(adapter / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+
+
+def load_run(
+    run: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    encoder: str = "auto",
+) -> Clip:
+    """Load the adapted model of a run, in eval mode: its base, the adapter and, where it was trained, logit_scale.
+
+    run      a run folder, an exported adapter, any other folder with a PEFT adapter for CLIP, or the name "owner/name"
+             of such an adapter on the Hugging Face Hub
+    encoder  "auto", "reference" or "fast", see encoder.py
+
+    Raises UserError if there is no adapter, or if its base has other weights than those it was trained on; LoRAError
+    if the adapter does not fit the base.
+    """
+    adapter = _find_adapter(run)
+    model = read_json(adapter / PROVENANCE).get("model", {})
+    base = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"{adapter / CONFIG_FILE} names no base model. Write its name there as base_model_name_or_path."
+        )
+    clip = load_clip(base, device, dtype, model.get("revision"), encoder)
+    expected = model.get("fingerprint", clip.fingerprint)  # an adapter that PEFT saved has none
+    if expected != clip.fingerprint:
+        raise UserError(
+            f"The adapter in {adapter} was trained on other weights than {base} holds now (expected fingerprint "
+            f"{expected[:12]}, found {clip.fingerprint[:12]}). Restore that version of the base, or train again."
+        )
+    load_adapter(clip.model, adapter)
+    scale = read_json(adapter / SCALE).get("logit_scale")
+    if scale is not None:
+        clip.model.logit_scale.data.fill_(scale)
+    clip.model.eval()
+    return clip
+
+
+def _find_adapter(run: str | Path) -> Path:
+    """Return the local folder with the adapter: the one given, adapter/ in it, or a download from the Hub."""
+    folder = Path(run)
+    for adapter in (folder, folder / "adapter"):
+        if (adapter / CONFIG_FILE).is_file():
+            return adapter
+    if folder.is_dir() or folder.parent != Path() and folder.parent.is_dir() or not HUB_ID.fullmatch(str(run)):
+        raise UserError(
+            f"{folder} holds no adapter. Give a run of train.py that has saved one, an exported adapter, or the name "
+            "of one on the Hub. A merged model is loaded with load_clip."
+        )
+    try:
+        adapter = Path(snapshot_download(str(run), allow_patterns=list(ADAPTER_FILES)))
+    except (OSError, ValueError) as error:  # HfHubHTTPError and no network are OSErrors, a bad name is a ValueError
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{run} is neither a local folder nor a readable adapter on the Hub ({reason}). Check the name, the "
+            "network and, for a private one, `hf auth login`."
+        ) from error
+    if not (adapter / CONFIG_FILE).is_file():
+        raise UserError(f"{run} on the Hub holds no adapter. A whole model is loaded with load_clip.")
+    return adapter
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in `file`, {} if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise UserError(f"{file} is not JSON ({error}). Copy it again from its source, or retrain.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a JSON {type(content).__name__}, expected an object. Copy it again, or retrain.")
+    return content

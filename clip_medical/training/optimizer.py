@@ -1,0 +1,103 @@
+"""AdamW with warmup, cosine decay and loss scaling, as one object: they change together."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_medical.config import Config
+
+
+class Optimizer:
+    """Optimizer, learning-rate schedule and loss scaling for all trainable parameters of a model.
+
+    The schedule counts optimizer steps that were taken. A step that the loss scaling skips, because fp16 overflowed,
+    changes neither the weights nor the learning rate; `skipped` counts them.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, steps: int, scaled: bool = False) -> None:
+        """model: a CLIPModel; steps: length of the schedule; scaled: whether to scale the loss, as fp16 needs."""
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.logit_scale: nn.Parameter = model.logit_scale  # type: ignore[assignment]
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B starts at zero and has further to go
+        lora_b = [p for name, p in trainable.items() if name.endswith("lora_B")]
+        scale = [p for name, p in trainable.items() if p is self.logit_scale]
+        others = [p for name, p in trainable.items() if not name.endswith("lora_B") and p is not self.logit_scale]
+        groups: list[dict[str, Any]] = [
+            {"params": others},
+            {"params": lora_b, "lr": config.lr * config.lora_plus},
+            {"params": scale, "lr": config.logit_scale_lr, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        warmup_steps = max(1, round(config.warmup * steps))
+
+        def warmup_cosine(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))) / 2
+
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.skipped = 0
+        on_gpu = self.parameters[0].is_cuda
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=on_gpu)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, warmup_cosine)
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=scaled)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step, of A."""
+        return float(self.schedule.get_last_lr()[0])
+
+    @torch.no_grad()
+    def step(self, max_grad_norm: float) -> float:
+        """Unscale, clip, step, in this order; returns the gradient norm before clipping.
+
+        Where the norm is not finite no weight changes: under fp16 the scaler skips the step; otherwise the caller is
+        expected to stop.
+        """
+        self.scaler.unscale_(self.adamw)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        if norm.isfinite() or self.scaler.is_enabled():
+            before = self.scaler.get_scale()
+            self.scaler.step(self.adamw)
+            self.scaler.update()
+            if self.scaler.get_scale() >= before:  # the scale falls when, and only when, the step was skipped
+                self.schedule.step()
+            else:
+                self.skipped += 1
+            self.logit_scale.clamp_(0, math.log(100))  # as in CLIP's training: beyond it a few pairs decide the loss
+        self.zero_grad()
+        return norm.item()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to continue to the bit."""
+        return {
+            "parameters": self.weights(),
+            "adamw": self.adamw.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.load_weights(state["parameters"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+
+    def weights(self) -> list[Tensor]:
+        """Copies of the trainable parameters, on the CPU."""
+        return [p.detach().cpu().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def load_weights(self, weights: list[Tensor]) -> None:
+        """Put copies of `weights` into the trainable parameters."""
+        for parameter, saved in zip(self.parameters, weights, strict=True):
+            parameter.copy_(saved)

@@ -1,0 +1,210 @@
+"""The training loop, and what a run needs to be saved, resumed and reported."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from clip_medical.config import Config
+from clip_medical.data.batches import Batch, Epoch, Pairs, batches
+from clip_medical.encoder import Sample
+from clip_medical.errors import UserError
+from clip_medical.evaluation.encode import validation_recall
+from clip_medical.model import Clip
+from clip_medical.run_folder import write_config, write_text
+from clip_medical.training import checkpoint, distributed
+from clip_medical.training.flight_check import flight_check
+from clip_medical.training.grad_cache import contrastive_backward, random_state, restore
+from clip_medical.training.logging import Progress, StopRequest
+from clip_medical.training.loss import Loss
+from clip_medical.training.memory import GIB, Plan, explain_out_of_memory, make_plan, peak_memory
+from clip_medical.training.optimizer import Optimizer
+
+
+@dataclass
+class Best:
+    """The weights with the highest validation recall so far; step 0: none was measured."""
+
+    step: int = 0
+    recall: float = -1.0
+    weights: list[Tensor] = field(default_factory=list)
+    measured: int = 0  # number of measurements
+
+    def update(self, step: int, recall: float, weights: list[Tensor]) -> None:
+        """Keep `weights` if their recall is higher; of equals the earlier stays, which has been trained less."""
+        self.measured += 1
+        if recall > self.recall:
+            self.step, self.recall, self.weights = step, recall, weights
+
+
+class Trainer:
+    """Train the adapter of a CLIP on image-caption pairs with a contrastive loss.
+
+    Attributes: done, the number of steps taken, which also is the position in the data; steps, how many there will be;
+        plan, how a batch goes through the model; chance, the chance level of the loss.
+    """
+
+    def __init__(self, clip: Clip, train: Pairs, validation: Pairs, config: Config, folder: Path, loss: Loss) -> None:
+        self.clip, self.train_pairs, self.validation_pairs = clip, train, validation
+        self.config, self.folder, self.loss = config, folder, loss
+        self.steps = config.steps or config.epochs * (len(train) // config.batch_size)
+        self.optimizer = Optimizer(clip.model, config, self.steps, scaled=clip.dtype == torch.float16)
+        self.plan, self.best, self.done, self.chance = Plan(), Best(), 0, math.nan
+
+    def train(self, preset: str) -> None:
+        """Check that the run can succeed, or resume it, then take its steps. Ctrl-C ends it early, after a whole
+        step."""
+        self.clip.model.train()
+        with explain_out_of_memory(self):
+            choice = self.clip.encoder_choice(self._sample())
+            print(f"Encoder  {choice.encoder.name}: {choice.reason}")
+            if not (self.config.resume and self._resume()):
+                epoch = Epoch(self.train_pairs, self.config, 0)
+                self.plan = make_plan(self.clip, epoch, self.config, self.loss)
+                batch = next(self._batches())
+                self.chance = flight_check(self.clip, batch, self.loss, self.optimizer, self.plan, self.steps)
+                if distributed.rank() == 0:
+                    write_config(self.folder, self.config, preset)
+                self.save()  # so that the run can be resumed whenever it is killed
+            self._loop()
+
+    def _loop(self) -> None:
+        """Take steps `done` + 1 to `steps`; each is a line of metrics.jsonl."""
+        clip, config, optimizer = self.clip, self.config, self.optimizer
+        stop, stopped, saved = StopRequest(), False, time.perf_counter()
+        batches = self._batches()
+        clip.model.train()
+        with Progress(self.folder, self.done, self.steps, config.tensorboard) as progress:
+            while self.done < self.steps and not stopped:
+                began = time.perf_counter()
+                batch = next(batches)
+                waiting = time.perf_counter() - began
+                loss = contrastive_backward(clip, batch, self.loss, self.plan.chunk_size, optimizer.scaler.scale)
+                if not loss.isfinite():
+                    self._refuse(batch, "loss")
+                lr, norm = optimizer.lr, optimizer.step(config.max_grad_norm)
+                # fp16 skips the step and halves the loss scale; at a scale of 1, as always in fp32, it cannot
+                if not math.isfinite(norm) and optimizer.scaler.get_scale() <= 1:
+                    self._refuse(batch, "gradient")
+                self.done += 1
+                seconds = time.perf_counter() - began
+                record = {
+                    "step": self.done, "loss": loss.item(), "lr": lr,
+                    "temperature": (-clip.model.logit_scale).exp().item(),
+                    "gradient_norm": norm if math.isfinite(norm) else None, "skipped_steps": optimizer.skipped,
+                    "pairs_per_second": round(config.batch_size / seconds, 1), "waiting": round(waiting / seconds, 3),
+                    "peak_gib": round(peak_memory(clip.device) / GIB, 3),
+                }  # fmt: skip
+                if config.validate_every and (self.done % config.validate_every == 0 or self.done == self.steps):
+                    record["validation_recall"] = self._validate()
+                progress.log(record)
+                due = time.perf_counter() - saved > 60 * config.checkpoint_every_minutes
+                due = due or bool(config.checkpoint_every_steps and self.done % config.checkpoint_every_steps == 0)
+                stopped, due = distributed.any_process(stop.requested, due, device=clip.device)
+                if due:
+                    self.save()
+                    saved = time.perf_counter()
+        self.save()
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches from step `done` + 1 on; with --overfit-batch the first one, over and over."""
+        start = 0 if self.config.overfit_batch else self.done
+        rank, world_size = distributed.rank(), distributed.world_size()
+        endless = batches(self.train_pairs, self.config, start, rank, world_size)
+        return repeat(next(endless)) if self.config.overfit_batch else endless
+
+    def _sample(self) -> Sample:
+        """Eight pairs on which the encoders are compared: from the shortest to the longest caption, one of them
+        twice."""
+        pairs, by_length = self.train_pairs, self.train_pairs.lengths.argsort()
+        rows = by_length[torch.linspace(0, len(pairs) - 1, 7).long()]
+        rows = torch.cat([rows, rows[3:4]])
+        return Sample(self.clip.normalised(pairs.pixels[rows]), pairs.tokens[rows], pairs.lengths[rows])
+
+    def _validate(self) -> float | None:
+        """Recall on the validation pairs, measured on rank 0; the best adapter is kept."""
+        if distributed.rank() > 0:
+            return None
+        recall = validation_recall(self.clip, self.validation_pairs)
+        self.best.update(self.done, recall, self.optimizer.weights())
+        return recall
+
+    def _refuse(self, batch: Batch, what: str) -> NoReturn:
+        """Stop at a loss or gradient that is not finite: keep what was learned before and list the rows of the
+        batch."""
+        self.optimizer.zero_grad()
+        self.save()
+        names = [self.train_pairs.split.ids[row] for row in batch.rows.tolist()]
+        file, step = self.folder / "non_finite_batch.json", self.done + 1
+        if distributed.rank() == 0:
+            write_text(file, json.dumps({"step": step, "rows": batch.rows.tolist(), "names": names}, indent=2) + "\n")
+        raise UserError(
+            f"Non-finite {what} at step {step}. The batch is listed in {file} and the checkpoint of step {self.done} "
+            f"is intact. Inspect those pairs, or retry with --lr below {self.config.lr:g} or with --precision fp32."
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint. Called by all processes; rank 0 writes."""
+        states = distributed.all_gather_objects(random_state(self.clip.device))
+        if distributed.rank() == 0:
+            state = {"step": self.done, "optimizer": self.optimizer.state_dict(), "best": asdict(self.best),
+                     "random": states, "plan": asdict(self.plan), "plan_for": self._plan_for(), "chance": self.chance,
+                     "precision": self._precision(), "encoder": self.clip.encoder.name,
+                     "config": asdict(self.config)}  # fmt: skip
+            checkpoint.save(self.folder, state)
+
+    def _resume(self) -> bool:
+        """Go back to the last checkpoint; False where the run was killed before its first."""
+        state = distributed.from_rank_0(lambda: checkpoint.load(self.folder))
+        if state is None:
+            return False
+        if state["precision"] != self._precision():
+            flag = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[state["precision"]]
+            raise UserError(
+                f"The run in {self.folder} was started in {state['precision']} and would continue in "
+                f"{self._precision()}. Resume it with --precision {flag}, or start a new run."
+            )
+        if state["encoder"] != self.clip.encoder.name:
+            print(f"         the steps so far were computed by the {state['encoder']} encoder: rounding can differ")
+        self.done, self.best, self.chance = state["step"], Best(**state["best"]), state["chance"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["plan_for"] == self._plan_for():
+            self.plan = Plan(**state["plan"])  # made anew it could come out differently, and with it the rounding
+            self.clip.set_checkpointing(self.plan.checkpointing)
+        else:
+            self.plan = make_plan(self.clip, Epoch(self.train_pairs, self.config, 0), self.config, self.loss)
+        restore(state["random"][distributed.rank() % len(state["random"])])
+        print(f"Resumed  after step {self.done} of {self.steps}, from the checkpoint in {self.folder}")
+        return True
+
+    def _plan_for(self) -> list[Any]:
+        """The circumstances that a plan was made for."""
+        return [self.config.chunk_size, self.config.checkpointing, distributed.world_size(), self.clip.device.type]
+
+    def _precision(self) -> str:
+        return str(self.clip.dtype).removeprefix("torch.")
+
+    def facts(self) -> dict[str, Any]:
+        """For the report: how the run was computed, and which adapter it ended with."""
+        adapter = "that of the last step"
+        if self.best.step:
+            adapter = (
+                f"step {self.best.step}, the best of {self.best.measured} by recall on the validation pairs "
+                f"({self.best.recall:.1%}), which are also reported on: the report is optimistic"
+            )
+        choice = self.clip.encoder_choice()
+        return {
+            "steps": self.steps, "batch size": self.config.batch_size, "learning rate": self.config.lr,
+            "chance level": self.chance, "precision": self._precision(),
+            "encoder": f"{choice.encoder.name}: {choice.reason}",
+            "batch": self.plan.describe(distributed.divide(self.config.batch_size)),
+            "processes": distributed.world_size(), "steps skipped by loss scaling": self.optimizer.skipped,
+            "adapter": adapter,
+        }  # fmt: skip

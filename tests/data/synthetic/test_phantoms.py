@@ -1,0 +1,204 @@
+"""Synthetic images: deterministic, with true captions, and with the signal models that their modalities claim."""
+
+import collections
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+from clip_medical.data.synthetic import Example, phantoms, scanners, shapes
+from clip_medical.data.synthetic.phantoms import BODIES, FINDINGS, describe, phantom
+from clip_medical.data.synthetic.scanners import AXIAL, CORONAL, MODALITIES, SAGITTAL, Ellipsoid
+from clip_medical.data.synthetic.shapes import scene
+
+
+def indices(labels: dict[str, str], count: int = 1) -> list[int]:
+    """Return the first test phantoms with these labels."""
+    matches = (i for i in itertools.count() if labels.items() <= describe(7, "test", i)[1].items())
+    return list(itertools.islice(matches, count))
+
+
+def grey_levels(index: int) -> np.ndarray:
+    return np.asarray(phantom(7, "test", index).image, dtype=float)
+
+
+def caption_hash(examples: list[Example]) -> str:
+    return hashlib.sha256("\n".join(example.caption for example in examples).encode()).hexdigest()[:16]
+
+
+# ---- determinism
+
+
+def test_equal_arguments_give_equal_phantoms() -> None:
+    """Catches hidden global random state, and Python's salted hash() in the seed."""
+    first, second = phantom(3, "train", 5), phantom(3, "train", 5)
+    assert first.image.tobytes() == second.image.tobytes() and first.caption == second.caption
+    assert first.caption == (  # recorded in another process
+        "A small fluid-filled cyst on the right side on axial computed tomography of the chest, lung window."
+    )
+    assert phantom(4, "train", 5).image.tobytes() != first.image.tobytes()
+
+
+def test_splits_share_no_phantom() -> None:
+    """Catches a validation split that repeats the training split."""
+    train, validation = ({phantom(0, split, i).image.tobytes() for i in range(40)} for split in ("train", "validation"))
+    assert len(train) == 40 and not train & validation
+
+
+def test_a_changed_phantom_needs_a_new_version() -> None:
+    """Catches image caches that keep outdated phantoms, because VERSION was not raised."""
+    recorded_version, recorded_captions = 1, "e9cbe51afbfb3966"
+    recorded_levels = {  # mean and standard deviation
+        "X-ray": (86.16, 78.12),
+        "CT": (30.65, 52.39),
+        "MRI": (73.34, 69.63),
+        "ultrasound": (90.03, 76.61),
+    }
+    examples = [phantom(0, "test", i) for i in range(64)]
+    levels = {}  # means over many pixels, as single pixels can differ in the last bit between CPUs
+    for modality in MODALITIES:
+        pixels = np.array([np.asarray(e.image, float) for e in examples if e.labels["modality"] == modality])
+        levels[modality] = (round(float(pixels.mean()), 2), round(float(pixels.std()), 2))
+    message = f"Raise VERSION in phantoms.py and record here: {caption_hash(examples)!r}, {levels}"
+    assert caption_hash(examples) == recorded_captions, message
+    for modality in MODALITIES:
+        assert levels[modality] == pytest.approx(recorded_levels[modality], abs=0.05), message
+    assert phantoms.VERSION == recorded_version, "The phantoms are those of the recorded version."
+
+
+def test_a_changed_scene_needs_a_new_version() -> None:
+    """Catches image caches that keep outdated scenes, because VERSION was not raised."""
+    recorded_version, recorded_captions, recorded_levels = 1, "a90daee015825b16", [113.54, 117.55, 112.36]
+    examples = [scene(0, "test", i) for i in range(64)]
+    levels = np.mean([np.asarray(e.image, float) for e in examples], axis=(0, 1, 2)).round(2).tolist()
+    message = f"Raise VERSION in shapes.py and record here: {caption_hash(examples)!r}, {levels}"
+    assert caption_hash(examples) == recorded_captions and levels == pytest.approx(recorded_levels, abs=0.05), message
+    assert shapes.VERSION == recorded_version, "The scenes are those of the recorded version."
+
+
+# ---- captions and labels
+
+
+def test_describe_agrees_with_phantom() -> None:
+    """Catches captions drawn from other random numbers than the image."""
+    for index in range(5):
+        assert describe(0, "train", index) == phantom(0, "train", index)[1:]
+
+
+def test_every_combination_occurs() -> None:
+    """Catches a modality, anatomy or finding that is listed but never drawn."""
+    combinations = collections.Counter(
+        (labels["modality"], labels["anatomy"], labels["finding"])
+        for labels in (describe(0, "train", i)[1] for i in range(4000))
+    )
+    assert len(combinations) == len(MODALITIES) * len(BODIES) * len(FINDINGS) >= 4 * 8 * 6
+
+
+def test_captions_state_the_labels() -> None:
+    """Catches a template that omits a label, and a side stated in a view that cannot show it."""
+    for index in range(400):
+        caption, labels = describe(0, "train", index)
+        text, modality = caption.lower(), MODALITIES[labels["modality"]]
+        assert labels["anatomy"] in text and labels["view"] in text and labels["technique"].lower() in text
+        assert any(term.lower() in text for term in modality.terms)
+        assert any(phrase in text for phrase in FINDINGS[labels["finding"]])
+        assert labels["place"] in text and labels["size"] in text
+        assert ("left" in text or "right" in text) == (labels["place"] in ("left", "right"))
+        if labels["view"] == list(modality.views)[1]:
+            assert labels["place"] in ("upper", "lower", "")
+
+
+def test_scenes_state_their_labels() -> None:
+    """Catches scene captions that contradict the image's labels, and hidden random state in scenes."""
+    assert scene(0, "test", 3).image.tobytes() == scene(0, "test", 3).image.tobytes()
+    for index in range(50):
+        _, caption, labels = scene(0, "test", index)
+        assert labels["shape"] in caption and labels["colour"] in caption and labels["texture"] in caption
+
+
+# ---- what the images show
+
+
+@pytest.mark.parametrize("modality", list(MODALITIES))
+def test_a_lesion_on_the_left_appears_on_the_right_of_the_image(modality: str) -> None:
+    """Catches mirrored images, by the difference between the mean images of left and right lesions."""
+    labels = {"modality": modality, "anatomy": "breast", "finding": "calcification", "size": "large"}
+    labels["view"] = list(MODALITIES[modality].views)[0]
+    left, right = (
+        np.mean([grey_levels(i) for i in indices(labels | {"place": place}, 6)], axis=0) for place in ("left", "right")
+    )
+    half = scanners.SIZE // 2
+    difference = left - right
+    # calcium is bright on X-ray and CT, dark on MRI, and casts a shadow in ultrasound
+    assert (difference[:, :half].sum() < difference[:, half:].sum()) == (modality in ("X-ray", "CT"))
+
+
+@pytest.mark.parametrize("finding", [name for name in FINDINGS if name != "no abnormality"])
+@pytest.mark.parametrize("modality", list(MODALITIES))
+def test_findings_are_visible(modality: str, finding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches lesions outside the slice or the body: the same phantom with lesions of host tissue must differ."""
+    index = indices({"modality": modality, "finding": finding, "size": "large", "anatomy": "abdomen"})[0]
+    with_lesion = grey_levels(index)
+    draw_lesion = phantoms.draw_lesion
+
+    def draw_host_tissue(labels: dict[str, str], rng: np.random.Generator) -> list[Ellipsoid]:
+        lesion = draw_lesion(labels, rng)
+        return [part._replace(tissue=lesion[0].parent, parent=lesion[0].parent) for part in lesion]
+
+    monkeypatch.setattr(phantoms, "draw_lesion", draw_host_tissue)
+    assert np.abs(with_lesion - grey_levels(index)).max() > 5  # 8 for a tumour in the bone window, with equal noise
+
+
+# ---- acquisition physics
+
+
+def test_xray_integrates_along_the_ray() -> None:
+    """Catches a projection that ignores depth: the film of a sphere follows the length of its chords."""
+    sphere = [Ellipsoid("muscle", "air", (0.0, 0.0, 0.0), (0.6, 0.9, 0.6))]
+    rngs = [np.random.default_rng(i) for i in range(40)]
+    film = np.mean([scanners.xray(sphere, CORONAL, 0, "standard exposure", rng) for rng in rngs], axis=0)
+    centre = film[60:68, 60:68].mean()
+    off_centre = film[60:68, [64 + 28, 64 - 28]].mean()  # at 0.45 of half the field of view, 0.75 of the radius
+    assert off_centre / centre == pytest.approx((1 - 0.75**2) ** 0.5, abs=0.12)
+
+
+def test_ct_shows_hounsfield_units_in_a_window() -> None:
+    """Catches exchanged window level and width: fluid of 5 HU has the grey level (5 - 40) / 400 + 1/2."""
+    fluid = [Ellipsoid("fluid", "air", (0.0, 0.0, 0.0), (0.7, 0.7, 0.7))]
+    image = scanners.ct(fluid, SAGITTAL, 0, "soft-tissue window", np.random.default_rng(0))
+    assert image[54:74, 54:74].mean() == pytest.approx(0.5 + (5 - 40) / 400, abs=0.01)
+    assert image[0, 0] == 0  # air
+
+
+@pytest.mark.parametrize(("weighting", "fluid_is_bright"), [("T1-weighted", False), ("T2-weighted", True)])
+def test_fluid_is_dark_on_t1_and_bright_on_t2(weighting: str, fluid_is_bright: bool) -> None:
+    """Catches exchanged echo and repetition times."""
+    body = [
+        Ellipsoid("muscle", "air", (0.0, 0.0, 0.0), (0.8, 0.8, 0.8)),
+        Ellipsoid("fluid", "muscle", (0.0, 0.0, 0.0), (0.3, 0.3, 0.3)),
+    ]
+    image = scanners.mri(body, CORONAL, 0, weighting, np.random.default_rng(1))
+    assert (image[58:70, 58:70].mean() > image[58:70, 20:30].mean()) == fluid_is_bright
+
+
+def test_mri_noise_is_rician() -> None:
+    """Catches Gaussian noise: in air the magnitude is Rayleigh distributed, with mean / std = sqrt(pi / (4 - pi))."""
+    fat = [Ellipsoid("fat", "air", (0.0, 0.0, 0.0), (0.5, 0.5, 0.5))]
+    air = scanners.mri(fat, CORONAL, 0, "T1-weighted", np.random.default_rng(0))[:12]
+    assert air.min() >= 0 and air.mean() / air.std() == pytest.approx((np.pi / (4 - np.pi)) ** 0.5, rel=0.05)
+
+
+def test_ultrasound_has_shadows_and_enhancement() -> None:
+    """Catches attenuation that is applied to the absorbing tissue but not to what lies below it."""
+
+    def mean_below(tissue: str) -> float:
+        body = [
+            Ellipsoid("muscle", "air", (0.0, 0.0, 0.0), (1.5, 0.8, 1.5)),
+            Ellipsoid(tissue, "muscle", (0.0, -0.3, 0.0), (0.25, 0.12, 0.25)),
+        ]
+        image = scanners.ultrasound(body, AXIAL, 0, "linear probe", np.random.default_rng(0))
+        return float(image[64:90, 58:70].mean())
+
+    assert mean_below("bone") < 0.75 * mean_below("muscle")
+    assert mean_below("muscle") < mean_below("fluid")

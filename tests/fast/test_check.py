@@ -1,0 +1,142 @@
+"""The choice between the encoders: fast where it is equal to the reference, else the reference with the reason."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from clip_medical import load_clip
+from clip_medical.encoder import Sample
+from clip_medical.errors import UserError
+from clip_medical.model import Clip
+from lora import LoRALinear, adapter_parameters, inject
+
+packed = pytest.importorskip("clip_medical.fast.packed")
+
+
+def adapted(encoder: str = "auto", dropout: float = 0.0, layer: type[LoRALinear] = LoRALinear) -> Clip:
+    clip = load_clip(encoder=encoder)
+    inject(clip.model, dropout=dropout, layer=layer)
+    return clip
+
+
+class Doubled(LoRALinear):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return 2 * super().forward(x) - y
+
+
+def hooked() -> Clip:
+    clip = adapted()
+    clip.model.vision_model.encoder.layers[1].register_forward_hook(lambda *_: None)
+    return clip
+
+
+def replaced() -> Clip:
+    clip = adapted()
+    layer = clip.model.text_model.encoder.layers[0].mlp
+    layer.forward = layer.forward  # what a reader does who patches one module
+    return clip
+
+
+def unknown() -> Clip:
+    class Scaled(torch.nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    clip = adapted()
+    clip.model.vision_model.encoder.layers[0].layer_norm1 = Scaled(256)
+    return clip
+
+
+def attention_dropout() -> Clip:
+    clip = adapted()
+    clip.model.config.text_config.attention_dropout = 0.1
+    return clip
+
+
+REASONS: dict[str, Callable[[], Clip]] = {
+    "a hook is registered on vision_model.encoder.layers.1": hooked,
+    "forward of text_model.encoder.layers.0.mlp was replaced": replaced,
+    "is a Doubled, a subclass of LoRALinear": lambda: adapted(layer=Doubled),
+    "LoRA dropout is on": lambda: adapted(dropout=0.1),
+    "attention dropout is on": attention_dropout,
+    "vision_model.encoder.layers.0.layer_norm1 is a Scaled": unknown,
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_the_reference_takes_over_and_the_reason_is_named(reason: str) -> None:
+    """Catches a fast encoder that computes something else than the layers say, and a reason that names no cause."""
+    clip = REASONS[reason]()
+    choice = clip.encoder_choice()
+    assert choice.encoder.name == "reference" and reason in choice.reason
+    clip.requested_encoder = "fast"
+    with pytest.raises(UserError, match="--encoder fast is not possible"):
+        clip.encoder_choice(choice_sample(clip))
+
+
+def choice_sample(clip: Clip) -> Sample:
+    ids, lengths = clip.processor.tokens(["CT of the chest", "CT of the head", "knee"])
+    return Sample(torch.randn(3, 3, clip.processor.image_size, clip.processor.image_size), ids, lengths)
+
+
+def test_an_edit_of_the_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check with B = 0, as it is at the start of training, where an edit of the branch changes nothing."""
+    original = LoRALinear.forward
+    monkeypatch.setattr(LoRALinear, "forward", lambda self, x: self.base(x) + 10 * (original(self, x) - self.base(x)))
+    choice = adapted().encoder_choice()
+    assert choice.encoder.name == "reference" and "LoRALinear was edited" in choice.reason
+
+
+@pytest.mark.parametrize("wrong", ["forward", "gradient"])
+def test_different_numbers_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check of the features alone: here they are right and their gradients are not; and no check at all."""
+    original = packed.PackedEncoder.text
+
+    def text(self: object, model: torch.nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
+        features: Tensor = original(self, model, ids, lengths)
+        if wrong == "forward":
+            return features + 1e-3
+        return 2 * features - features.detach()
+
+    monkeypatch.setattr(packed.PackedEncoder, "text", text)
+    choice = adapted().encoder_choice()
+    assert choice.encoder.name == "reference" and "differ by" in choice.reason
+
+
+def test_the_check_leaves_the_model_as_it_was() -> None:
+    """Catches random B left in the adapter, gradients left behind, a random state moved on, a mode changed."""
+    clip = adapted()
+    clip.model.train()
+    before, state = [p.detach().clone() for p in adapter_parameters(clip.model)], torch.get_rng_state()
+    assert clip.encoder.name == "fast" and clip.model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, adapter_parameters(clip.model), strict=True))
+    assert all(p.grad is None for p in clip.model.parameters()) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_choice_is_made_again_when_the_model_changes() -> None:
+    """Catches a hook, a subclass or an adapter that comes after the first encoding and is overlooked."""
+    clip = load_clip()
+    assert clip.encoder.name == "fast"
+    inject(clip.model)
+    handle = clip.model.visual_projection.register_forward_hook(lambda *_: None)
+    assert clip.encoder.name == "reference"
+    handle.remove()
+    assert clip.encoder.name == "fast"
+
+
+def test_everything_runs_without_the_folder(project_copy: Path) -> None:
+    """Catches an import of clip_medical.fast outside the one place that may do without it."""
+    for file in (project_copy / "clip_medical" / "fast").iterdir():
+        file.unlink()
+    (project_copy / "clip_medical" / "fast").rmdir()
+    # An editable installation would find the folder of the original.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+    code += "from clip_medical import load_clip; print(load_clip().encoder_choice().reason)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project_copy, capture_output=True, text=True)
+    assert done.stdout.strip() == "clip_medical/fast is not installed", done.stderr
