@@ -1,33 +1,36 @@
-# Every target creates the environment when it is missing. `make help` lists them.
+# Every target creates the environment where it is missing. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test bench mutants lint check clean
+.PHONY: help demo test test-fast bench mutants lint check clean
 
 help:  ## this list
-	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
 
 $(READY): pyproject.toml
-	@echo "Setting up $(VENV): torch and its friends, about 6 GB, some minutes"
+	@echo "Setting up $(VENV): torch and the other packages, about 6 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## adapt the tiny CLIP to radiology phantoms and report, about 3 minutes on 2 cores
+demo: $(READY)  ## adapt the bundled CLIP to synthetic radiology images and report, about 3 minutes on 2 cores
 	$(RUN) train.py
 
-test: $(READY)  ## all tests
+test: $(READY)  ## all tests, about 8 minutes on 2 cores
 	$(RUN) -m pytest
 
-bench: $(READY)  ## speed and memory beside peft and full fine-tuning, about 20 minutes on 2 cores
+test-fast: $(READY)  ## the tests that are not marked slow, about 3 minutes on 2 cores
+	$(RUN) -m pytest -m "not slow"
+
+bench: $(READY)  ## speed and memory beside peft and full fine-tuning
 	$(RUN) -m experiments.benchmark
 
-mutants: $(READY)  ## put known mistakes into a copy of the code and see that a test fails on each
+mutants: $(READY)  ## put known mistakes into a copy of the code and see a test fail on each; writes tests/MUTANTS.md
 	$(RUN) tests/mutants.py
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff and mypy --strict
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy

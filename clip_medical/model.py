@@ -51,7 +51,7 @@ class Clip:
         self.revision = revision
         self.requested_encoder = requested_encoder
         self._choice: Choice | None = None
-        self._structure: list[Any] = []
+        self._chosen_for: list[Any] = []
 
     @property
     def device(self) -> torch.device:
@@ -80,13 +80,14 @@ class Clip:
 
     def encoder_choice(self, sample: Sample | None = None) -> Choice:
         """The encoder and the reason for it; with `sample`, chosen anew on these inputs."""
-        if self._choice is None or sample is not None or self._structure != self._layers_and_hooks():
+        structure = self._structure()
+        if self._choice is None or sample is not None or structure != self._chosen_for:
             self._choice = choose_encoder(self.model, self.requested_encoder, sample or self._random_sample())
-            self._structure = self._layers_and_hooks()
+            self._chosen_for = self._structure()
         return self._choice
 
-    def _layers_and_hooks(self) -> list[Any]:
-        """What the choice of an encoder depends on, besides the numbers."""
+    def _structure(self) -> list[Any]:
+        """Layers and hooks of the model: what the choice of an encoder depends on, besides the numbers."""
         return [
             (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), "forward" in vars(m))
             for m in self.model.modules()

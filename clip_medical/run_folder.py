@@ -84,12 +84,6 @@ def write_text(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
-def write_config(folder: Path, config: Config, preset: str) -> None:
-    """Create the run folder with its config.json."""
-    make_folder(folder)
-    write_text(folder / "config.json", json.dumps(asdict(config) | {"preset": preset}, indent=2) + "\n")
-
-
 def save_run(clip: Clip, folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Write the adapter of a run, beside it logit_scale where it was trained, and `facts`, the provenance."""
     adapter = folder / "adapter"

@@ -81,8 +81,7 @@ def check_plan(model: nn.Module, plan: Mapping[str, nn.Module], settings: Settin
     """Raise LoRAError if the plan cannot be carried out to its end. Reads the model, changes nothing."""
     if present := lora_layers(model):
         raise LoRAError(f"the model already holds {len(present)} LoRA layers, expected none: remove or merge them")
-    for name, module in plan.items():
-        _named(name, check_layer, module, *settings)
+    _build(model, plan, lambda base: check_layer(base, *settings))
 
 
 def apply_plan(
@@ -94,11 +93,17 @@ def apply_plan(
     return _place(model, plan, new)
 
 
-def _build(model: nn.Module, layers: Mapping[str, Any], make: Callable[[Any], nn.Module]) -> dict[nn.Module, nn.Module]:
-    """Return layer -> make(layer). Nothing is placed yet, so that an error in one leaves the model as it is."""
+def _build(model: nn.Module, layers: Mapping[str, Any], make: Callable[[Any], Any]) -> dict[nn.Module, Any]:
+    """Return layer -> make(layer), with the layer's name before errors. Nothing is placed yet."""
     if model in layers.values():
         raise LoRAError("the model is itself the layer: use LoRALinear(layer), layer.base or merged(layer)")
-    return {layer: _named(name, make, layer) for name, layer in layers.items()}
+    new = {}
+    for name, layer in layers.items():
+        try:
+            new[layer] = make(layer)
+        except LoRAError as error:
+            raise LoRAError(f"{name}: {error}") from None
+    return new
 
 
 def _place(model: nn.Module, layers: Mapping[str, Any], new: Mapping[nn.Module, nn.Module]) -> list[str]:
@@ -109,14 +114,6 @@ def _place(model: nn.Module, layers: Mapping[str, Any], new: Mapping[nn.Module, 
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new[module])
     return list(layers)
-
-
-def _named(name: str, function: Callable[..., Any], *arguments: object) -> Any:
-    """function(*arguments), with the name of the layer put before its errors."""
-    try:
-        return function(*arguments)
-    except LoRAError as error:
-        raise LoRAError(f"{name}: {error}") from None
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -162,7 +159,8 @@ def set_strength(model: nn.Module, strength: float) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the `with`, the model is exactly its base; after it, also after an exception, as it was before. Nests."""
     before = {layer: layer.strength for layer in require_layers(model).values()}
-    set_strength(model, 0.0)
+    for layer in before:
+        layer.strength = 0.0
     try:
         yield
     finally:

@@ -113,26 +113,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], type[LoRALin
             "save_adapter or PEFT's save_pretrained write them; pickles (.bin, .pt) can run code and are never opened"
         ) from None
     # The class whose fields the config has; a subclass, which has more of them, before LoRALinear.
-    kinds = [kind for kind in _kinds() if kind.peft_fields.items() <= config.items()]
-    kind = max(kinds, key=lambda kind: len(kind.peft_fields), default=LoRALinear)
+    kinds = [LoRALinear]
+    for kind in kinds:  # grows while it is walked, so that it holds subclasses of subclasses too
+        kinds += kind.__subclasses__()
+    fitting = [kind for kind in kinds if "peft_fields" in vars(kind) and kind.peft_fields.items() <= config.items()]
+    kind = max(fitting, key=lambda kind: len(kind.peft_fields), default=LoRALinear)
     for field, value in config.items():  # peft_type comes first: it explains all the rest
-        known = kind.peft_fields.get(field, _UNKNOWN) == value or field in USED or field in NOTES
+        known = (field, value) in kind.peft_fields.items() or field in USED or field in NOTES
         if not known and value not in HARMLESS.get(field, EMPTY):
             raise LoRAError(f"{folder} asks for {field} = {value!r}, which is not implemented here: load it with PEFT")
     return config, tensors, kind
-
-
-_UNKNOWN = object()
-
-
-def _kinds() -> list[type[LoRALinear]]:
-    """LoRALinear and all its subclasses that state how PEFT's file holds them."""
-    kinds, found = [LoRALinear], []
-    while kinds:
-        kind = kinds.pop()
-        kinds += kind.__subclasses__()
-        found += [kind] if "peft_fields" in vars(kind) else []
-    return found
 
 
 def _check_kind(layers: Mapping[str, LoRALinear]) -> type[LoRALinear]:

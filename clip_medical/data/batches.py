@@ -23,43 +23,16 @@ from clip_medical.data.splits import Split
 from clip_medical.errors import UserError
 
 
-class CachedPixels:
-    """The pixels of N images, read from the cache on disk when they are indexed."""
-
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        """(n,) row numbers or a slice -> (n, 3, S, S) uint8; of grey images a view of one channel."""
-        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else rows.numpy()
-        return torch.from_numpy(self.cache.read(numbers)).expand(-1, 3, -1, -1)
-
-    def image(self, row: int) -> Image.Image:
-        """One cached image, as CLIP sees it."""
-        pixels = self.cache.read(np.array([row]))[0]
-        return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-
-
-def _no_image(row: int) -> Image.Image:
-    raise IndexError(row)
-
-
-NO_ROWS = Split([], [], {}, _no_image, [])
-
-
 @dataclass(frozen=True)
 class Pairs:
     """N image-caption pairs, ready for the model."""
 
-    pixels: Tensor | CachedPixels  # pixels[rows]: (n, 3, S, S) uint8
+    pixels: Tensor | Cache  # pixels[rows]: (n, 3, S, S) uint8
     tokens: Tensor  # (N, L) token ids, padded to the longest caption
     lengths: Tensor  # (N,) tokens of each caption, with start and end token
     caption_ids: Tensor  # (N,) equal numbers for equal captions
     image_ids: Tensor  # (N,) equal numbers for equal pixels
-    split: Split = NO_ROWS  # the N rows that the pairs were made from
+    split: Split = Split([], [], {}, list[Image.Image]().__getitem__, [])  # the N rows that the pairs were made from
     summary: str = ""  # for the log: how many images; repeated, cut and unreadable ones
     ends_word: Tensor | None = None  # (V,) bool, whether a word ends with this token; None: with every token
 
@@ -79,19 +52,19 @@ def prepare(split: Split, processor: Processor, name: str) -> Pairs:
     numbers: dict[str, int] = {}
     caption_ids = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in readable.captions])
     image_ids = torch.from_numpy(cache.image_ids)
+    # share of the rows whose image, or caption, occurs more than once
+    images, captions = ((ids.bincount()[ids] > 1).double().mean().item() for ids in (image_ids, caption_ids))
     summary = (
-        f"{len(readable):,} images in {cache.folder}, {_repeated(image_ids):.1%} of them repeated; "
-        f"{_repeated(caption_ids):.1%} of the captions repeated"
+        f"{len(readable):,} in {cache.folder}, {images:.1%} of them repeated; {captions:.1%} of the captions repeated"
     )
     if cut:
         summary += f"; {cut:,} captions cut to {processor.context_length} tokens"
     if len(readable) < len(split):
         summary += f"; {len(split) - len(readable):,} unreadable images left out, listed there in unreadable.tsv"
-    pixels = CachedPixels(cache)
-    rows = Split(readable.captions, readable.ids, readable.labels, pixels.image, readable.origins)
+    rows = Split(readable.captions, readable.ids, readable.labels, cache.image, readable.origins)
     vocabulary = processor.tokenizer.convert_ids_to_tokens(list(range(len(processor.tokenizer))))
     ends_word = torch.tensor([token.endswith("</w>") for token in vocabulary])  # how CLIP's tokenizer marks a word end
-    return Pairs(pixels, tokens, lengths, caption_ids, image_ids, rows, summary, ends_word)
+    return Pairs(cache, tokens, lengths, caption_ids, image_ids, rows, summary, ends_word)
 
 
 def _tokens(processor: Processor, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int]:
@@ -109,11 +82,6 @@ def _tokens(processor: Processor, captions: list[str], folder: Path) -> tuple[Te
         part.replace(path)
     stored = load_file(path)
     return stored["ids"].long(), stored["lengths"], int(stored["cut"])
-
-
-def _repeated(ids: Tensor) -> float:
-    """The share of rows whose number occurs more than once."""
-    return (ids.bincount()[ids] > 1).double().mean().item()
 
 
 @dataclass(frozen=True)
@@ -150,10 +118,13 @@ class Epoch:
         """Load the pairs `rows` (N,); process `rank` of `world_size` encodes its N / world_size neighbours of them."""
         pairs, own = self.pairs, rows.split(len(rows) // world_size)[rank]
         pixels = pairs.pixels[own]
+        grey = pixels.stride(1) == 0  # one channel, seen three times: it is augmented and pinned once
+        pixels = pixels[:, :1] if grey else pixels
         if self.views is not None:
             pixels = augment(pixels, self.views[own])
         if torch.cuda.is_available():
             pixels = pixels.pin_memory()
+        pixels = pixels.expand(-1, 3, -1, -1)
         ids = [pairs.caption_ids[rows], pairs.image_ids[rows]]
         captions = [Captions(pairs.tokens[own], pairs.lengths[own], ids)]
         for tokens, lengths in self.fragments:

@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from clip_medical.data.images import UnreadableImage, resize_and_crop
@@ -82,6 +85,16 @@ class Cache:
                 file.readinto(image[: self.channels[row]].data)
                 image[self.channels[row] :] = image[0]  # a grey image among coloured ones
         return images
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        """Rows as a tensor: (n,) numbers or a slice -> (n, 3, S, S) uint8; of grey images a view of one channel."""
+        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else rows.numpy()
+        return torch.from_numpy(self.read(numbers)).expand(-1, 3, -1, -1)
+
+    def image(self, row: int) -> Image.Image:
+        """One image, as CLIP sees it."""
+        pixels = self.read(np.array([row]))[0]
+        return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def cache_key(split: Split, size: int) -> str:

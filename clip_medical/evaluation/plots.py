@@ -91,8 +91,9 @@ def search_grid(queries: Sequence[str], hits: dict[str, list[list[Hit]]], pool: 
     figure = plt.figure(figsize=(3 * shown, 2.05 * len(queries)))
     halves: Any = figure.subfigures(1, 2)
     for half, (model, results) in zip(halves, hits.items(), strict=True):
-        half.suptitle(model, y=1.0)
-        grid = half.subplots(len(queries), shown, squeeze=False, gridspec_kw={"hspace": 0.62, "wspace": 0.08})
+        half.suptitle(model, y=1 + 0.1 / len(queries))
+        spaces = {"left": 0.03, "right": 0.97, "hspace": 0.62, "wspace": 0.08}
+        grid = half.subplots(len(queries), shown, squeeze=False, gridspec_kw=spaces)
         for axes, (image, text, correct) in zip(grid.flat, itertools.chain(*results), strict=True):
             axes.imshow(image.convert("RGB"))
             axes.set_title(text, fontsize=7.5, pad=3)

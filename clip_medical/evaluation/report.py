@@ -136,11 +136,11 @@ def write_report(
     write_text(folder / "report.md", "\n\n".join(sections) + "\n")
 
 
-def _hits(similarity: Tensor, wanted: dict[str, str], split: Split) -> list[tuple[Image.Image, str, bool | None]]:
-    """Return the 4 most similar images, each with its labels or caption, and whether its labels are the wanted ones."""
+def _hits(similarity: Tensor, expected: dict[str, str], split: Split) -> list[tuple[Image.Image, str, bool | None]]:
+    """Return the 4 most similar images, each with its labels or caption, and whether its labels are as expected."""
     hits: list[tuple[Image.Image, str, bool | None]] = []
     for row in similarity.topk(min(4, len(split))).indices.tolist():
-        labels = {facet: split.labels[facet][row] for facet in wanted}
+        labels = {facet: split.labels[facet][row] for facet in expected}
         text = "\n".join(labels.values()) or textwrap.shorten(split.captions[row], 24)
-        hits.append((split.open_image(row), text, labels == wanted if wanted else None))
+        hits.append((split.open_image(row), text, labels == expected if expected else None))
     return hits

@@ -2,8 +2,8 @@
 
 Each process encodes its share of a contrastive batch, all_gather gives the features of all pairs to every process, and
 all_reduce adds up the gradients of the adapter, a few megabytes. Every process then takes the same optimizer step from
-the same weights, so no wrapper around the model is needed. Without torchrun there is one process, and nothing here
-communicates.
+the same weights, so no wrapper around the model is needed. The functions below `rank_0_first` communicate: they are
+called only where there are several processes.
 """
 
 import os
@@ -60,23 +60,8 @@ def rank_0_first() -> Iterator[None]:
         dist.barrier()
 
 
-def divide(batch_size: int) -> int:
-    """Number of pairs of a batch that each process encodes."""
-    if batch_size % world_size():
-        raise UserError(f"--batch-size {batch_size} is not a multiple of the {world_size()} processes that share it.")
-    return batch_size // world_size()
-
-
-def share(count: int) -> slice:
-    """The pairs of a batch of `count` that this process encodes."""
-    size = count // world_size()
-    return slice(rank() * size, (rank() + 1) * size)
-
-
 def gather(features: Tensor) -> Tensor:
     """all_gather: (n, D) of this process -> (N, D) of all, in the order of their ranks, outside the graph."""
-    if world_size() == 1:
-        return features.detach()
     gathered = features.new_empty(world_size() * len(features), *features.shape[1:])
     dist.all_gather_into_tensor(gathered, features.detach().contiguous())
     return gathered
@@ -84,8 +69,6 @@ def gather(features: Tensor) -> Tensor:
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """all_reduce: replace each gradient by its sum over all processes, as one vector, as latency is what it costs."""
-    if world_size() == 1:
-        return
     trained = [p for p in parameters if p.grad is not None]
     flat = torch.cat([p.grad.flatten() for p in trained])  # type: ignore[union-attr]
     dist.all_reduce(flat)
@@ -95,8 +78,6 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def any_process(*flags: bool, device: torch.device) -> tuple[bool, ...]:
     """For each flag, whether it is set on some process, so that all of them act on it together."""
-    if world_size() == 1:
-        return flags
     votes = torch.tensor(flags, dtype=torch.float, device=device)
     dist.all_reduce(votes)
     return tuple(votes.bool().tolist())
@@ -113,8 +94,6 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 def all_gather_objects(value: Any) -> list[Any]:
     """The `value` of each process, in the order of their ranks."""
-    if world_size() == 1:
-        return [value]
     box: list[Any] = [None] * world_size()
     dist.all_gather_object(box, value)
     return box

@@ -5,8 +5,6 @@ Most ways to lose a day with LoRA raise no error: the model trains, and stays it
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 import torch
@@ -33,12 +31,16 @@ def flight_check(clip: Clip, batch: Batch, loss: Loss, optimizer: Optimizer, pla
     in the optimizer, the loss is not finite, or the adapter does not survive saving and loading.
     """
     state, began = random_state(clip.device), time.perf_counter()
-    with called_modules() as called:
+    called: set[nn.Module] = set()
+    hook = register_module_forward_hook(lambda module, _, __: called.add(module))
+    try:
         first_loss = contrastive_backward(clip, batch, loss, plan.chunk_size)
+    finally:
+        hook.remove()
     minutes = (time.perf_counter() - began) * steps / 60
     problems = {"not finite": [] if first_loss.isfinite() else ["the first loss"]}
     problems |= gradient_problems(clip.model, called, optimizer)
-    optimizer.zero_grad()
+    clip.model.zero_grad(set_to_none=True)
     for problem, names in problems.items():
         if names:
             raise UserError(
@@ -77,17 +79,6 @@ def gradient_problems(model: nn.Module, called: set[nn.Module], optimizer: Optim
             name for name, p in parameters.items() if p.requires_grad and id(p) not in optimized
         ],
     }
-
-
-@contextmanager
-def called_modules() -> Iterator[set[nn.Module]]:
-    """Collect every module whose forward is called inside the `with`."""
-    called: set[nn.Module] = set()
-    handle = register_module_forward_hook(lambda module, _, __: called.add(module))
-    try:
-        yield called
-    finally:
-        handle.remove()
 
 
 def check_file_and_merge(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ the features of all, computes the same loss, and backpropagates the gradients of
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,25 +62,21 @@ def contrastive_backward(
         if feature.requires_grad:  # False where only the other tower has an adapter
             feature.backward(gradient)
     restore(end_state)
-    # logit_scale has no part in encoding: its gradient is that of the whole batch on every process already
-    distributed.sum_gradients(p for p in clip.model.parameters() if p is not clip.model.logit_scale)
+    if distributed.world_size() > 1:
+        # logit_scale has no part in encoding: its gradient is that of the whole batch on every process already
+        distributed.sum_gradients(p for p in clip.model.parameters() if p is not clip.model.logit_scale)
     return value
 
 
 def _chunk_encoders(clip: Clip, batch: Batch, chunk_size: int) -> list[Callable[[], Tensor]]:
     """One function for each chunk of images (n, D), then one for each chunk of texts, (readings * n, D)."""
-
-    def images(pixels: Tensor) -> Callable[[], Tensor]:
-        return lambda: clip.image_features(pixels)
-
-    def texts(chunk: slice) -> Callable[[], Tensor]:  # captions and fragments together: one text batch
-        tokens = torch.cat([captions.tokens[chunk] for captions in batch.captions])
-        lengths = torch.cat([captions.lengths[chunk] for captions in batch.captions])
-        return lambda: clip.text_features(tokens, lengths)
-
-    starts = range(0, len(batch.pixels), chunk_size)
-    chunks = [slice(start, start + chunk_size) for start in starts]
-    return [*(images(batch.pixels[chunk]) for chunk in chunks), *(texts(chunk) for chunk in chunks)]
+    images: list[Callable[[], Tensor]] = [partial(clip.image_features, px) for px in batch.pixels.split(chunk_size)]
+    # captions and fragments together: one text batch
+    tokens = zip(*(captions.tokens.split(chunk_size) for captions in batch.captions), strict=True)
+    lengths = zip(*(captions.lengths.split(chunk_size) for captions in batch.captions), strict=True)
+    return images + [
+        partial(clip.text_features, torch.cat(t), torch.cat(n)) for t, n in zip(tokens, lengths, strict=True)
+    ]
 
 
 def _feature_gradients(
@@ -90,14 +87,15 @@ def _feature_gradients(
     images = torch.cat(features[:half])
     texts = torch.cat([chunk.unflatten(0, (readings, -1)) for chunk in features[half:]], dim=1)  # (readings, n, D)
     # leaves of a graph of their own, so that the loss is backpropagated to the features and no further
-    all_images = distributed.gather(images).requires_grad_(True)
-    all_texts = [distributed.gather(each).requires_grad_(True) for each in texts]
+    gather = distributed.gather if distributed.world_size() > 1 else Tensor.detach
+    all_images = gather(images).requires_grad_(True)
+    all_texts = [gather(each).requires_grad_(True) for each in texts]
     losses = []
     for captions, text_features in zip(batch.captions, all_texts, strict=True):
         positives = same_rows(*(ids.to(clip.device) for ids in captions.ids))
         losses.append(captions.weight * loss(all_images, text_features, clip.model.logit_scale, positives))
     scale(torch.stack(losses).sum()).backward()
-    own = distributed.share(len(all_images))
+    own = slice(distributed.rank() * len(images), (distributed.rank() + 1) * len(images))
     sizes = [len(chunk) for chunk in features[:half]]
     grads = [each.grad[own] for each in (all_images, *all_texts) if each.grad is not None]
     of_texts = torch.stack(grads[1:]).split(sizes, dim=1)

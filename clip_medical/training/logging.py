@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -32,10 +31,8 @@ class Progress:
         self.stream = open(self.file if distributed.rank() == 0 else os.devnull, "a", encoding="utf-8")
         self.bar = tqdm(initial=done, total=steps, unit="step", disable=distributed.rank() > 0 or None)
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Close the bar and the files."""
         self.bar.close()
         with contextlib.suppress(OSError):  # a full disk, which `log` has reported
             self.stream.close()

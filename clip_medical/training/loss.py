@@ -46,28 +46,23 @@ def info_nce(
     if positives.shape != (n, n):
         raise ValueError(f"found positives {tuple(positives.shape)}, expected {(n, n)}, one row an image")
     scale = torch.as_tensor(logit_scale, device=image_features.device).exp()
-    image_to_text = _nll(scale * image_features, text_features, positives)
-    text_to_image = _nll(scale * text_features, image_features, positives.T)
-    return (image_to_text + text_to_image) / 2
+    image_to_text = (scale * image_features, text_features, positives)
+    text_to_image = (scale * text_features, image_features, positives.T)
+    rows = max(1, BLOCK // n)
+    if rows >= n:
+        return (_nll(*image_to_text) + _nll(*text_to_image)) / (2 * n)
+    total = torch.zeros((), device=image_features.device)
+    for queries, candidates, matches in (image_to_text, text_to_image):
+        for q, p in zip(queries.split(rows), matches.split(rows), strict=True):  # computed again in backward
+            total = total + checkpoint(_nll, q, candidates, p, use_reentrant=False)
+    return total / (2 * n)
 
 
 def _nll(queries: Tensor, candidates: Tensor, positives: Tensor) -> Tensor:
-    """Mean over the queries (N, D) of -log softmax(queries @ candidates.T), summed over the positives in the softmax.
-
-    A batch whose similarities do not fit into one block is computed some rows at a time, and again in backward.
-    """
-
-    def of_rows(queries: Tensor, candidates: Tensor, positives: Tensor) -> Tensor:
-        logits = queries @ candidates.T
-        of_positives = logits.masked_fill(~positives, -torch.inf)
-        return (logits.logsumexp(dim=1) - of_positives.logsumexp(dim=1)).sum()
-
-    rows = max(1, BLOCK // len(candidates))
-    if rows >= len(queries):
-        return of_rows(queries, candidates, positives) / len(queries)
-    blocks = zip(queries.split(rows), positives.split(rows), strict=True)
-    parts = [checkpoint(of_rows, q, candidates, p, use_reentrant=False) for q, p in blocks]
-    return torch.stack(parts).sum() / len(queries)
+    """Sum over the queries of -log softmax(queries @ candidates.T), summed over the positives in the softmax."""
+    logits = queries @ candidates.T
+    of_positives = logits.masked_fill(~positives, -torch.inf)
+    return (logits.logsumexp(dim=1) - of_positives.logsumexp(dim=1)).sum()
 
 
 def same_rows(*ids: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
-"""Forecast the memory of a training step from two small trials, and choose chunk size and checkpointing from that.
+"""Forecast the memory of a training step from a small trial, and choose chunk size and checkpointing from that.
 
-Memory grows linearly with the pairs that are encoded at a time, so two small chunks predict a large one. On a GPU the
-trials read torch's allocator; on a CPU, where there is none to read, they count live tensors.
+What a step needs beyond weights and features are the activations that autograd saves for the backward pass. They grow
+linearly with the pairs that are encoded at a time, so counting them for a few pairs predicts a large chunk.
 """
 
 import ctypes
 import os
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,20 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.autograd.graph import saved_tensors_hooks
 
 from clip_medical.config import Config
 from clip_medical.data.batches import Epoch
 from clip_medical.errors import UserError
 from clip_medical.model import Clip
-from clip_medical.training import distributed
-from clip_medical.training.grad_cache import WHOLE, contrastive_backward, random_state, restore
-from clip_medical.training.loss import BLOCK, Loss
+from clip_medical.training.grad_cache import WHOLE, random_state, restore
+from clip_medical.training.loss import BLOCK
 
 GIB = 2**30
-TRIALS = (4, 8)  # pairs in the two trials
-HEAP = 1.5  # resident bytes for each byte of live tensors on a CPU: the C library frees late and in pieces
+TRIAL = 8  # pairs
+OVERHEAD = {"cuda": 1.25, "cpu": 1.5}  # peak bytes for each saved byte: temporary tensors, and a heap freed in pieces
 LEAST = 32  # smaller chunks leave a GPU idle, and cost more than checkpointing
 
 
@@ -36,114 +33,69 @@ LEAST = 32  # smaller chunks leave a GPU idle, and cost more than checkpointing
 class Plan:
     """How a batch goes through the model. It changes the loss and its gradient by rounding only."""
 
-    chunk_size: int = WHOLE  # pairs that this process encodes at a time
+    chunk_size: int = WHOLE  # pairs that a process encodes at a time
     checkpointing: bool = False
     forecast: int = 0  # peak bytes of a step: allocated on a GPU, resident on a CPU
     limit: int = 0  # bytes that it may take
 
     def describe(self, pairs: int) -> str:
-        """For the log; pairs: the part of a batch that this process encodes."""
+        """For the log; pairs: the part of a batch that a process encodes."""
         chunks = -(-pairs // self.chunk_size)
         size = "in one chunk" if chunks == 1 else f"in {chunks} chunks of up to {self.chunk_size}"
         return f"{size}, {'with' if self.checkpointing else 'without'} checkpointing"
 
 
-def make_plan(clip: Clip, epoch: Epoch, config: Config, loss: Loss) -> Plan:
-    """Choose the cheapest plan for this process's share of a batch that fits into memory, and set the model to it.
+def make_plan(clip: Clip, epoch: Epoch, config: Config, pairs: int) -> Plan:
+    """Choose the cheapest plan that fits into memory for a process that encodes `pairs` of a batch.
 
     Extra forward passes compared with the plain step: none; one with checkpointing; one with chunks; two with both.
     Values that the configuration names are taken as given, "auto" is filled in. If nothing fits, the plan with the
     least memory is taken.
     """
-    limit, batch = memory_limit(clip.device), distributed.divide(config.batch_size)
-    whole = batch if config.chunk_size == "auto" else min(config.chunk_size, batch)
-    candidates: list[tuple[int | None, bool]] = [(whole, False), (whole, True)]
+    texts, width = 1 + config.fragments, clip.model.config.projection_dim
+    features = 4 * (5 * (1 + texts) * config.batch_size * width + 6 * texts * min(config.batch_size**2, BLOCK))
+    moments = 8 * sum(p.numel() for p in clip.model.parameters() if p.requires_grad)  # of AdamW, in fp32
+    fixed, limit = memory_in_use(clip.device) + features + moments, memory_limit(clip.device)
+    per_pair = {on: activation_bytes(clip, epoch, on) for on in (False, True)}
+    layers = clip.model.config.vision_config.num_hidden_layers
+    per_pair[True] += per_pair[False] / layers  # the layer that is being recomputed
+
+    whole = pairs if config.chunk_size == "auto" else min(config.chunk_size, pairs)
+    candidates = [(whole, False), (whole, True)]
     if config.chunk_size == "auto":
-        candidates += [(None, False), (None, True)]  # None: the largest chunk that fits
+        for checkpointing in (False, True):
+            largest = min(pairs, max(1, int((limit - fixed) / per_pair[checkpointing])))
+            chunks = -(-pairs // (largest // 8 * 8 or largest))
+            candidates.append((-(-pairs // chunks), checkpointing))  # equal chunks: no small one at the end
     for chunk, checkpointing in candidates:
         if config.checkpointing in ("auto", "on" if checkpointing else "off"):
-            trial = _trial_plan(clip, epoch, config, loss, chunk, checkpointing, limit)
-            plan: Plan = distributed.all_gather_objects(trial)[0]  # the same on all processes
-            large_enough = plan.chunk_size >= min(LEAST, batch) or config.checkpointing == "off" or chunk
-            if plan.forecast <= limit and large_enough:
+            plan = Plan(chunk, checkpointing, int(fixed + per_pair[checkpointing] * chunk), limit)
+            if plan.forecast <= limit and (chunk >= min(LEAST, whole) or config.checkpointing == "off"):
                 break
-    clip.set_checkpointing(plan.checkpointing)
     return plan
 
 
-def _trial_plan(
-    clip: Clip, epoch: Epoch, config: Config, loss: Loss, chunk: int | None, checkpointing: bool, limit: int
-) -> Plan:
-    """The plan for chunks of `chunk` pairs with its forecast; None: for the largest chunks within the limit."""
+def activation_bytes(clip: Clip, epoch: Epoch, checkpointing: bool) -> float:
+    """Bytes that a step needs for each pair that it encodes; measured on short and long captions."""
     clip.set_checkpointing(checkpointing)
-    batch, width = distributed.divide(config.batch_size), clip.model.config.projection_dim
-    trainable = sum(p.numel() for p in clip.model.parameters() if p.requires_grad)
-    texts = 1 + config.fragments
-    features = 4 * (5 * (1 + texts) * batch * width + 6 * texts * min(batch**2, BLOCK))  # and their gradients, logits
-    fixed, per_pair = _linear_fit(clip, epoch, loss, one_chunk=chunk is not None and chunk >= batch)
-    fixed += memory_in_use(clip.device) + 2 * 4 * trainable + features  # 2: AdamW's moments
-    if chunk is None:
-        most = min(batch, max(1, int((limit - fixed) / per_pair)))
-        chunks = -(-batch // (most // 8 * 8 or most))
-        chunk = -(-batch // chunks)  # equal chunks: no small one at the end
-    return Plan(chunk, checkpointing, int(fixed + per_pair * chunk), limit)
+    state, by_length = random_state(clip.device), epoch.pairs.lengths.argsort()
+    batch = epoch.batch(by_length[torch.linspace(0, len(by_length) - 1, TRIAL).long()])
+    saved = dict[int, int]()  # storage -> bytes: tensors that share a storage count once
 
+    def count(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
 
-def _linear_fit(clip: Clip, epoch: Epoch, loss: Loss, one_chunk: bool) -> tuple[float, float]:
-    """(bytes, bytes a pair) of a step. Leaves gradients empty and the random state as it was."""
-    state = random_state(clip.device)
-    by_length = epoch.pairs.lengths.argsort()
-    if clip.device.type == "cuda":  # libraries allocate their workspaces at the first step
-        _peak(clip, epoch, loss, by_length[-TRIALS[0] :], TRIALS[0])
-    peaks = []
-    for chunk in TRIALS:  # short and long captions, as in a batch
-        rows = by_length[torch.linspace(0, len(by_length) - 1, chunk).long()]
-        peaks.append(_peak(clip, epoch, loss, rows if one_chunk else rows.repeat(2), chunk))
+    for parameter in clip.model.parameters():
+        count(parameter)
+    weights = sum(saved.values())
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        # kept until the end, so that no storage is reused while they are counted
+        outputs = [clip.image_features(batch.pixels)]
+        outputs += [clip.text_features(captions.tokens, captions.lengths) for captions in batch.captions]
     restore(state)
-    per_pair = (peaks[1] - peaks[0]) / (TRIALS[1] - TRIALS[0])
-    return peaks[0] - per_pair * TRIALS[0], per_pair
-
-
-def _peak(clip: Clip, epoch: Epoch, loss: Loss, rows: Tensor, chunk: int) -> int:
-    """Peak bytes of a step on `rows`, beyond those in use before it."""
-    world = distributed.world_size()
-    batch = epoch.batch(rows.repeat(world), distributed.rank(), world)
-    if clip.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        contrastive_backward(clip, batch, loss, chunk)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with _LiveBytes() as live:
-            contrastive_backward(clip, batch, loss, chunk)
-        peak = int(HEAP * live.peak)
-    clip.model.zero_grad(set_to_none=True)
-    return peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of all tensors that operations inside the `with` have created and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import torch.compile, which takes seconds
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for storage in {t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)}:
-            if storage._cdata not in inputs:  # else a view, or a result written in place
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._drop, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
+    del outputs
+    return OVERHEAD[clip.device.type] * (sum(saved.values()) - weights) / TRIAL
 
 
 @contextmanager
@@ -154,7 +106,7 @@ def explain_out_of_memory(trainer: Any) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        plan, pairs = trainer.plan, distributed.divide(trainer.config.batch_size)
+        plan, pairs = trainer.plan, trainer.pairs_per_process
         flags = [f"--chunk-size {max(1, min(plan.chunk_size, pairs) // 2)}"]
         flags += [] if plan.checkpointing else ["--checkpointing on"]
         raise UserError(

@@ -44,11 +44,6 @@ class Optimizer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, warmup_cosine)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=scaled)
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step, of A."""
-        return float(self.schedule.get_last_lr()[0])
-
     @torch.no_grad()
     def step(self, max_grad_norm: float) -> float:
         """Unscale, clip, step, in this order; returns the gradient norm before clipping.
@@ -67,12 +62,8 @@ class Optimizer:
             else:
                 self.skipped += 1
             self.logit_scale.clamp_(0, math.log(100))  # as in CLIP's training: beyond it a few pairs decide the loss
-        self.zero_grad()
-        return norm.item()
-
-    def zero_grad(self) -> None:
-        """Drop all gradients."""
         self.adamw.zero_grad(set_to_none=True)
+        return norm.item()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to continue to the bit."""

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -18,7 +19,7 @@ from clip_medical.encoder import Sample
 from clip_medical.errors import UserError
 from clip_medical.evaluation.encode import validation_recall
 from clip_medical.model import Clip
-from clip_medical.run_folder import write_config, write_text
+from clip_medical.run_folder import make_folder, write_text
 from clip_medical.training import checkpoint, distributed
 from clip_medical.training.flight_check import flight_check
 from clip_medical.training.grad_cache import contrastive_backward, random_state, restore
@@ -57,21 +58,34 @@ class Trainer:
         self.steps = config.steps or config.epochs * (len(train) // config.batch_size)
         self.optimizer = Optimizer(clip.model, config, self.steps, scaled=clip.dtype == torch.float16)
         self.plan, self.best, self.done, self.chance = Plan(), Best(), 0, math.nan
+        if config.batch_size % distributed.world_size():
+            processes = distributed.world_size()
+            raise UserError(f"--batch-size {config.batch_size} is not a multiple of the {processes} processes.")
+        self.pairs_per_process = config.batch_size // distributed.world_size()
+        self.precision = str(clip.dtype).removeprefix("torch.")
+        # the circumstances that a plan is made for: with others, --resume makes a new one
+        self.plan_for = [config.chunk_size, config.checkpointing, distributed.world_size(), clip.device.type]
 
     def train(self, preset: str) -> None:
         """Check that the run can succeed, or resume it, then take its steps. Ctrl-C ends it early, after a whole
         step."""
-        self.clip.model.train()
+        clip, pairs = self.clip, self.train_pairs
+        clip.model.train()
         with explain_out_of_memory(self):
-            choice = self.clip.encoder_choice(self._sample())
+            # eight pairs to compare the encoders on: from the shortest to the longest caption, one of them twice
+            rows = pairs.lengths.argsort()[torch.linspace(0, len(pairs) - 1, 7).long()]
+            rows = torch.cat([rows, rows[3:4]])
+            sample = Sample(clip.normalised(pairs.pixels[rows]), pairs.tokens[rows], pairs.lengths[rows])
+            choice = clip.encoder_choice(sample)
             print(f"Encoder  {choice.encoder.name}: {choice.reason}")
             if not (self.config.resume and self._resume()):
-                epoch = Epoch(self.train_pairs, self.config, 0)
-                self.plan = make_plan(self.clip, epoch, self.config, self.loss)
+                self.plan = make_plan(clip, Epoch(pairs, self.config, 0), self.config, self.pairs_per_process)
+                clip.set_checkpointing(self.plan.checkpointing)
                 batch = next(self._batches())
-                self.chance = flight_check(self.clip, batch, self.loss, self.optimizer, self.plan, self.steps)
+                self.chance = flight_check(clip, batch, self.loss, self.optimizer, self.plan, self.steps)
                 if distributed.rank() == 0:
-                    write_config(self.folder, self.config, preset)
+                    settings = json.dumps(asdict(self.config) | {"preset": preset}, indent=2)
+                    write_text(make_folder(self.folder) / "config.json", settings + "\n")
                 self.save()  # so that the run can be resumed whenever it is killed
             self._loop()
 
@@ -81,7 +95,7 @@ class Trainer:
         stop, stopped, saved = StopRequest(), False, time.perf_counter()
         batches = self._batches()
         clip.model.train()
-        with Progress(self.folder, self.done, self.steps, config.tensorboard) as progress:
+        with closing(Progress(self.folder, self.done, self.steps, config.tensorboard)) as progress:
             while self.done < self.steps and not stopped:
                 began = time.perf_counter()
                 batch = next(batches)
@@ -89,7 +103,7 @@ class Trainer:
                 loss = contrastive_backward(clip, batch, self.loss, self.plan.chunk_size, optimizer.scaler.scale)
                 if not loss.isfinite():
                     self._refuse(batch, "loss")
-                lr, norm = optimizer.lr, optimizer.step(config.max_grad_norm)
+                lr, norm = optimizer.schedule.get_last_lr()[0], optimizer.step(config.max_grad_norm)
                 # fp16 skips the step and halves the loss scale; at a scale of 1, as always in fp32, it cannot
                 if not math.isfinite(norm) and optimizer.scaler.get_scale() <= 1:
                     self._refuse(batch, "gradient")
@@ -107,7 +121,9 @@ class Trainer:
                 progress.log(record)
                 due = time.perf_counter() - saved > 60 * config.checkpoint_every_minutes
                 due = due or bool(config.checkpoint_every_steps and self.done % config.checkpoint_every_steps == 0)
-                stopped, due = distributed.any_process(stop.requested, due, device=clip.device)
+                stopped = stop.requested
+                if distributed.world_size() > 1:  # all processes stop and save together
+                    stopped, due = distributed.any_process(stopped, due, device=clip.device)
                 if due:
                     self.save()
                     saved = time.perf_counter()
@@ -120,14 +136,6 @@ class Trainer:
         endless = batches(self.train_pairs, self.config, start, rank, world_size)
         return repeat(next(endless)) if self.config.overfit_batch else endless
 
-    def _sample(self) -> Sample:
-        """Eight pairs on which the encoders are compared: from the shortest to the longest caption, one of them
-        twice."""
-        pairs, by_length = self.train_pairs, self.train_pairs.lengths.argsort()
-        rows = by_length[torch.linspace(0, len(pairs) - 1, 7).long()]
-        rows = torch.cat([rows, rows[3:4]])
-        return Sample(self.clip.normalised(pairs.pixels[rows]), pairs.tokens[rows], pairs.lengths[rows])
-
     def _validate(self) -> float | None:
         """Recall on the validation pairs, measured on rank 0; the best adapter is kept."""
         if distributed.rank() > 0:
@@ -139,7 +147,7 @@ class Trainer:
     def _refuse(self, batch: Batch, what: str) -> NoReturn:
         """Stop at a loss or gradient that is not finite: keep what was learned before and list the rows of the
         batch."""
-        self.optimizer.zero_grad()
+        self.clip.model.zero_grad(set_to_none=True)
         self.save()
         names = [self.train_pairs.split.ids[row] for row in batch.rows.tolist()]
         file, step = self.folder / "non_finite_batch.json", self.done + 1
@@ -152,11 +160,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. Called by all processes; rank 0 writes."""
-        states = distributed.all_gather_objects(random_state(self.clip.device))
+        own = random_state(self.clip.device)
+        states = distributed.all_gather_objects(own) if distributed.world_size() > 1 else [own]
         if distributed.rank() == 0:
             state = {"step": self.done, "optimizer": self.optimizer.state_dict(), "best": asdict(self.best),
-                     "random": states, "plan": asdict(self.plan), "plan_for": self._plan_for(), "chance": self.chance,
-                     "precision": self._precision(), "encoder": self.clip.encoder.name,
+                     "random": states, "plan": asdict(self.plan), "plan_for": self.plan_for, "chance": self.chance,
+                     "precision": self.precision, "encoder": self.clip.encoder.name,
                      "config": asdict(self.config)}  # fmt: skip
             checkpoint.save(self.folder, state)
 
@@ -165,31 +174,25 @@ class Trainer:
         state = distributed.from_rank_0(lambda: checkpoint.load(self.folder))
         if state is None:
             return False
-        if state["precision"] != self._precision():
+        if state["precision"] != self.precision:
             flag = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[state["precision"]]
             raise UserError(
                 f"The run in {self.folder} was started in {state['precision']} and would continue in "
-                f"{self._precision()}. Resume it with --precision {flag}, or start a new run."
+                f"{self.precision}. Resume it with --precision {flag}, or start a new run."
             )
         if state["encoder"] != self.clip.encoder.name:
             print(f"         the steps so far were computed by the {state['encoder']} encoder: rounding can differ")
         self.done, self.best, self.chance = state["step"], Best(**state["best"]), state["chance"]
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["plan_for"] == self._plan_for():
+        if state["plan_for"] == self.plan_for:
             self.plan = Plan(**state["plan"])  # made anew it could come out differently, and with it the rounding
-            self.clip.set_checkpointing(self.plan.checkpointing)
         else:
-            self.plan = make_plan(self.clip, Epoch(self.train_pairs, self.config, 0), self.config, self.loss)
+            epoch = Epoch(self.train_pairs, self.config, 0)
+            self.plan = make_plan(self.clip, epoch, self.config, self.pairs_per_process)
+        self.clip.set_checkpointing(self.plan.checkpointing)
         restore(state["random"][distributed.rank() % len(state["random"])])
         print(f"Resumed  after step {self.done} of {self.steps}, from the checkpoint in {self.folder}")
         return True
-
-    def _plan_for(self) -> list[Any]:
-        """The circumstances that a plan was made for."""
-        return [self.config.chunk_size, self.config.checkpointing, distributed.world_size(), self.clip.device.type]
-
-    def _precision(self) -> str:
-        return str(self.clip.dtype).removeprefix("torch.")
 
     def facts(self) -> dict[str, Any]:
         """For the report: how the run was computed, and which adapter it ended with."""
@@ -202,9 +205,9 @@ class Trainer:
         choice = self.clip.encoder_choice()
         return {
             "steps": self.steps, "batch size": self.config.batch_size, "learning rate": self.config.lr,
-            "chance level": self.chance, "precision": self._precision(),
+            "chance level": self.chance, "precision": self.precision,
             "encoder": f"{choice.encoder.name}: {choice.reason}",
-            "batch": self.plan.describe(distributed.divide(self.config.batch_size)),
+            "batch": self.plan.describe(self.pairs_per_process),
             "processes": distributed.world_size(), "steps skipped by loss scaling": self.optimizer.skipped,
             "adapter": adapter,
         }  # fmt: skip

@@ -39,10 +39,9 @@ def evaluation(labelled: bool) -> Evaluation:
 def test_report_files(labelled: bool, tmp_path: Path) -> None:
     """Catches a report that fails where there are no labels, and facts that are in one of its files only."""
     labels = {"modality": ["CT", "CT", "MRI"] * 2, "anatomy": ["head", "knee", "knee"] * 2} if labelled else {}
-    facts: dict[str, Any] = {
-        "run": {"seed": 0},
-        "training": {"steps": 3} | ({"chance level": 3.47} if labelled else {}),
-    }
+    facts: dict[str, Any] = {"run": {"seed": 0}, "training": {"steps": 3}}
+    if labelled:
+        facts["training"]["chance level"] = 3.47
     result = evaluation(labelled)
     write_report(tmp_path, facts, result, result, split(labels), [3.0, 2.5, 2.0])
     figures = {"loss.png", "recall.png", "search.png"} | ({"zero_shot.png"} if labelled else set())
@@ -59,12 +58,8 @@ def test_example_queries_take_turns_between_modalities() -> None:
     modality = ["X-ray"] * 9 + ["CT"] * 3 + ["", "X-ray"]
     anatomy = ["chest"] * 5 + ["knee"] * 4 + ["head"] * 2 + ["chest"] + ["chest", ""]
     queries = example_queries(split({"modality": modality, "anatomy": anatomy}, n=14))
-    assert [text for text, _ in queries] == [
-        "X-ray of the chest",
-        "CT of the head",
-        "X-ray of the knee",
-        "CT of the chest",
-    ]
+    texts = ["X-ray of the chest", "CT of the head", "X-ray of the knee", "CT of the chest"]
+    assert [text for text, _ in queries] == texts
     assert queries[1][1] == {"modality": "CT", "anatomy": "head"}
 
 

@@ -38,9 +38,9 @@ def noisy_pairs(n: int, noise: float = 1.0, width: int = 8) -> tuple[Tensor, Ten
 def brute_force(similarity: np.ndarray, query_ids: list[int], candidate_ids: list[int]) -> list[int]:
     """Ranks by sorting each row, with negatives before positives where they tie."""
     result = []
-    for row, wanted in zip(similarity, query_ids, strict=True):
-        order = sorted(range(len(row)), key=lambda c: (-row[c], candidate_ids[c] == wanted))
-        result.append(next(place for place, c in enumerate(order) if candidate_ids[c] == wanted))
+    for row, positive_id in zip(similarity, query_ids, strict=True):
+        order = sorted(range(len(row)), key=lambda c: (-row[c], candidate_ids[c] == positive_id))
+        result.append(next(place for place, c in enumerate(order) if candidate_ids[c] == positive_id))
     return result
 
 
@@ -166,6 +166,8 @@ def test_chance_level_is_the_recall_of_random_orders() -> None:
     positives = (ids[:, None] == ids[None, :]).sum(dim=1)
     assert chance_recall(positives, len(ids))[2] == pytest.approx(np.mean(hits), abs=0.005)
     assert chance_recall(torch.ones(100), 100)[[0, 4, 99]].tolist() == pytest.approx([0.01, 0.05, 1])
+    report = retrieval_report(*noisy_pairs(len(ids)), ids, torch.arange(len(ids)), ks=(3,))
+    assert report["text_to_image"]["recall@3"]["chance"] == pytest.approx(np.mean(hits), abs=0.005)
 
 
 def test_interval_is_binomial_for_large_samples() -> None:
@@ -189,6 +191,11 @@ def test_captions_of_one_image_are_resampled_together() -> None:
     images = torch.arange(100).repeat_interleave(5)
     narrow, wide = bootstrap_interval(hits), bootstrap_interval(hits, images)
     assert wide[1] - wide[0] == pytest.approx(5**0.5 * (narrow[1] - narrow[0]), rel=0.1)
+    features, texts = noisy_pairs(100)
+    pairs = (features[images], texts[images], torch.arange(500), images)
+    recall = retrieval_report(*pairs)["text_to_image"]["recall@1"]
+    expected = bootstrap_interval(pair_ranks(*pairs)["text_to_image"].rank < 1, images)
+    assert (recall["low"], recall["high"]) == expected
 
 
 def test_interval_agrees_with_scipy() -> None:
@@ -290,16 +297,14 @@ def test_collapsed_features_have_no_label_precision() -> None:
         label_precision(one_point * math.nan, one_point, ["CT"] * 40, torch.arange(40))
 
 
-def test_label_precision_of_a_rare_label_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a last block cut off, and fewer known labels than k."""
+def test_label_precision_in_blocks_and_of_few_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a last block cut off, and a failure where fewer rows have a label than k."""
     images, texts = noisy_pairs(45)
     arguments = (texts, images, ["a"] * 40 + ["b"] * 3 + [""] * 2, torch.arange(45))
     whole = label_precision(*arguments)
     assert [key for key in whole if key != "n"] == ["precision@1", "precision@5", "precision@10"]
     monkeypatch.setattr(retrieval, "BLOCK", 7 * 43)
     assert label_precision(*arguments) == whole
-    assert label_precision(images, texts, ["a"] * 4 + [""] * 41, torch.arange(45), ks=(1, 5)).keys() == {
-        "n",
-        "precision@1",
-    }
+    few = label_precision(images, texts, ["a"] * 4 + [""] * 41, torch.arange(45), ks=(1, 5))
+    assert few.keys() == {"n", "precision@1"}
     assert label_precision(images, texts, [""] * 45, torch.arange(45)) == {"n": 0}

@@ -29,7 +29,7 @@ def small_clip(
     encoder: str = "auto",
     layer: type[LoRALinear] = LoRALinear,
 ) -> Clip:
-    """Two layers and 16 features in each tower, adapters with random A and B, a trainable logit_scale; in train mode."""
+    """A CLIP of two layers a tower, 16 features, adapters with random A and B, trainable logit_scale, in train mode."""
     torch.manual_seed(0)
     tower: dict[str, Any] = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
@@ -107,7 +107,7 @@ def take_gradients(clip: Clip) -> list[Tensor]:
 def relative_difference(a: list[Tensor], b: list[Tensor]) -> float:
     """Norm of a - b relative to that of b, over all tensors together."""
     flat_a, flat_b = (torch.cat([each.flatten() for each in tensors]) for tensors in (a, b))
-    return ((flat_a - flat_b).norm() / flat_b.norm()).item()
+    return float((flat_a - flat_b).norm() / flat_b.norm())
 
 
 def sigmoid_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
