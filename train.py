@@ -105,6 +105,7 @@ def provenance(preset: str, trainer: Trainer, data: Data) -> dict[str, Any]:
 def report(trainer: Trainer, facts: dict[str, Any]) -> None:
     """Measure the unadapted and the adapted model on the validation pairs; read the saved adapter back and compare."""
     clip, folder, pairs = trainer.clip, trainer.folder, trainer.validation_pairs
+    clip.model.eval()
     with disabled(clip.model):
         before = evaluate(clip, pairs, pairs.split)
     after = evaluate(clip, pairs, pairs.split)

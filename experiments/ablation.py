@@ -1,6 +1,7 @@
 """Is LoRA needed, and what does it cost? `python -m experiments.ablation --run runs/x`.
 
-Data, model and budget (steps and batch size) are those of the run. Each variant starts from the unadapted model:
+Data, model and budget (steps and batch size) are those of the run, and all variants are trained as by train.py. Each
+starts from the unadapted model:
 
     LoRA            several ranks; q and v or all projections; one tower or both; strengths from 0 to 1
     linear map      frozen encoders, only the two projections are trained
@@ -16,135 +17,182 @@ are saved in ablation.json: repeat the command to continue after an interruption
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from clip_medical.data.batches import Pairs, prepare
-from clip_medical.data.processor import Processor
-from clip_medical.data.synthetic.shapes import scene
+from clip_medical.config import Config
+from clip_medical.data.batches import Pairs, batches, prepare
+from clip_medical.data.splits import Split
+from clip_medical.data.synthetic import shapes
 from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
 from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.retrieval import pair_ranks
 from clip_medical.evaluation.table import Row, as_text, comparison
-from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip, load_clip
 from clip_medical.run_folder import read_json
+from clip_medical.training.grad_cache import contrastive_backward
+from clip_medical.training.loss import info_nce, same_rows
 from clip_medical.training.memory import keep_freed_memory
+from clip_medical.training.optimizer import Optimizer
 from experiments.common import Experiment, main, share
-from experiments.variants import FULL, LINEAR, Bench, Variant, choose_lr, fit, reference, variants
-from lora import count_parameters, set_strength
+from lora import count_parameters, inject, set_strength
 
+QV, ALL = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+UNADAPTED, LINEAR, FULL = "unadapted", "linear map on frozen features", "full fine-tuning"
+MAX_RATES = 6  # learning rates tried for one variant
 STRENGTHS = tuple(s / 10 for s in range(11))
 SHAPES = 512  # images
 K, SHAPES_K = 10, 1  # of Recall@K on radiology and on shapes, chosen so that neither is near 0 or 100 %
 MEASURES = {"recall": f"Recall@{K}", "shapes": f"Recall@{SHAPES_K} of shapes"}
 plots.COLOURS |= dict(zip(MEASURES.values(), (plots.ADAPTED, plots.ACCENT), strict=True))
-UNADAPTED = "unadapted"
 
 
-def shape_pairs(processor: Processor) -> Pairs:
+class Variant(NamedTuple):
+    """One row of the ablation: what is trained, and with which learning rates to begin."""
+
+    name: str
+    rates: tuple[float, ...]
+    adapter: dict[str, Any] | None = None  # arguments of `inject`; else
+    weights: str = ""  # a regular expression that the names of the trained weights match
+
+
+class Bench(NamedTuple):
+    """What all variants have in common."""
+
+    config: Config  # `steps` is set
+    base: Callable[[], Clip]  # loads the unadapted model
+    train: Pairs
+    validation: Pairs
+    shapes: Pairs  # coloured shapes, to measure forgetting
+
+
+def variants(config: Config, ranks: tuple[int, ...]) -> list[Variant]:
+    """Return all variants, first LoRA on q and v with the rank of the run, which the others are compared with."""
+    rank, alpha, rates = config.rank, config.alpha, (config.lr / 3, config.lr, 3 * config.lr)
+    adapter: dict[str, Any] = dict(rank=rank, alpha=alpha, dropout=config.dropout, rslora=config.rslora, targets=QV)
+    # alpha follows the rank, so that the scaling alpha / r is the same for all
+    lora: dict[str, Any] = {f"r = {r}, q and v": dict(rank=r, alpha=alpha * r / rank) for r in [rank, *sorted(ranks)]}
+    lora |= {f"r = {rank}, all projections": dict(targets=ALL)}
+    lora |= {f"r = {rank}, {tower} tower only": dict(within=f"{tower}_model") for tower in ("vision", "text")}
+    return [
+        *(Variant(f"LoRA {name}", rates, adapter | change) for name, change in lora.items()),
+        Variant(LINEAR, (3e-3, 1e-2, 3e-2), weights="visual_projection|text_projection"),
+        Variant(FULL, (1e-4, 3e-4, 1e-3), weights="(?!logit_scale)"),  # no variant trains the temperature
+    ]
+
+
+def shape_pairs(clip: Clip) -> Pairs:
     """Draw images of coloured shapes with captions, none of which the tiny CLIP was pretrained on."""
-    scenes = [scene(0, "validation", i) for i in range(SHAPES)]
-    pixels = torch.from_numpy(np.stack([processor.pixels(each.image) for each in scenes]))
-    captions = [each.caption for each in scenes]
-    caption_ids = torch.from_numpy(np.unique(captions, return_inverse=True)[1])
-    return Pairs(pixels, *processor.tokens(captions), caption_ids, torch.arange(SHAPES))
+    captions = [shapes.scene(0, "validation", row).caption for row in range(SHAPES)]
+    names = [f"shapes {shapes.VERSION} 0 validation {row:09}" for row in range(SHAPES)]
+    split = Split(captions, names, {}, lambda row: shapes.scene(0, "validation", row).image, names)
+    return prepare(split, clip.processor, "shapes")
 
 
-def hits_at(k: int, images: Tensor, texts: Tensor, pairs: Pairs) -> Tensor:
-    """Return (N,) 0, 1 or 2 for each pair: in how many directions its positive is among the first k candidates."""
-    ranks = pair_ranks(images, texts, pairs.caption_ids, pairs.image_ids)
-    image = torch.unique(pairs.image_ids, return_inverse=True)[1]
-    return (ranks["image_to_text"].rank[image] < k).long() + (ranks["text_to_image"].rank < k)
+def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor) -> Clip:
+    """Train the unadapted model on `rows` of the training pairs, as train.py does."""
+    config, steps = replace(bench.config, lr=lr), bench.config.steps or 0
+    torch.manual_seed(config.seed)
+    clip = bench.base()
+    if variant.adapter:
+        inject(clip.model, **variant.adapter)
+    else:
+        for name, parameter in clip.model.named_parameters():
+            parameter.requires_grad_(re.match(variant.weights, name) is not None)
+    optimizer = Optimizer(clip.model, config, steps)
+    clip.model.train()
+    first = islice(batches(bench.train, config, rows=rows), steps)
+    for batch in tqdm(first, total=steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
+        loss = contrastive_backward(clip, batch, info_nce, config.batch_size)
+        if not loss.isfinite():
+            break  # the learning rate is too high, and the loss measured next shows it
+        optimizer.step(config.max_grad_norm)
+    clip.model.eval()
+    return clip
 
 
-def measure(bench: Bench, clip: Clip) -> dict[str, Any]:
-    """Measure one model: recall of validation pairs and of shapes, over both directions, and zero-shot accuracy."""
-    images, texts = encode(clip, bench.validation)
-    hits = hits_at(K, images, texts, bench.validation)
-    shape_hits = hits_at(SHAPES_K, *encode(clip, bench.shapes), bench.shapes)
-    report = zero_shot_report(clip, images, bench.validation.split.labels)
-    facets = {facet: row["accuracy"] for facet, row in report.items()}
-    return {
-        "recall": share(hits / 2, bench.validation.image_ids),
-        "zero_shot": {"facets": facets, "mean": sum(facets.values()) / len(facets) if facets else None},
-        "shapes": share(shape_hits / 2),
-        "hits": "".join(map(str, hits.tolist())),  # a digit per pair, so that variants can be compared pair by pair
-    }
+def loss_on(pairs: Pairs, rows: Tensor, clip: Clip) -> float:
+    """Return the InfoNCE loss of `rows` of the pairs as one batch, infinity instead of NaN."""
+    columns: tuple[Any, ...] = (pairs.pixels, pairs.tokens, pairs.lengths, pairs.caption_ids, pairs.image_ids)
+    batch = Pairs(*(column[rows] for column in columns))
+    positives = same_rows(batch.caption_ids, batch.image_ids)
+    loss = info_nce(*encode(clip, batch), clip.model.logit_scale.detach().cpu(), positives)
+    return loss.nan_to_num(nan=torch.inf, posinf=torch.inf).item()
 
 
-def difference(bench: Bench, one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+def choose_lr(bench: Bench, variant: Variant) -> dict[str, Any]:
+    """Train with several learning rates on nine tenths of the training pairs, and choose by the loss on the last tenth.
+
+    While the best rate is the lowest or the highest, the next one beyond it is tried too, a third or three times as
+    high. Returns {"lr": the best rate, "at the edge": whether it is the lowest or the highest of all, "losses": rate ->
+    loss, by ascending rate}.
+    """
+    order = torch.randperm(len(bench.train), generator=torch.Generator().manual_seed(bench.config.seed))
+    held_back, train = order.tensor_split([len(order) // 10])
+    losses: dict[float, float] = {}
+    untried = list(variant.rates)
+    while untried:
+        losses |= {lr: loss_on(bench.train, held_back, fit(bench, variant, lr, train)) for lr in untried}
+        best = min(sorted(losses), key=losses.__getitem__)
+        beyond = {min(losses): best / 3, max(losses): 3 * best}
+        untried = [beyond[best]] if best in beyond and len(losses) < MAX_RATES else []
+    return {"lr": best, "at the edge": best in beyond, "losses": {f"{lr:.2g}": losses[lr] for lr in sorted(losses)}}
+
+
+def measure(bench: Bench, clip: Clip, trained: int = 0, lr: float = 0.0) -> dict[str, Any]:
+    """Measure the recall of validation pairs and of shapes, over both directions.
+
+    "hits" has a digit for each pair, the number of directions in which it is found, so that variants can be compared
+    pair by pair.
+    """
+    row: dict[str, Any] = {"trained": trained, "lr": lr}
+    for key, k, pairs in (("recall", K, bench.validation), ("shapes", SHAPES_K, bench.shapes)):
+        ranks = pair_ranks(*encode(clip, pairs), pairs.caption_ids, pairs.image_ids)
+        image = torch.unique(pairs.image_ids, return_inverse=True)[1]
+        hits = (ranks["image_to_text"].rank[image] < k).long() + (ranks["text_to_image"].rank < k)
+        row[key] = share(hits / 2, pairs.image_ids) | {"hits": "".join(map(str, hits.tolist()))}
+    return row
+
+
+def train_and_measure(bench: Bench, variant: Variant, lr: float, strengths: tuple[float, ...]) -> dict[str, Any]:
+    """Train a variant on all training pairs and measure it, then also at each of `strengths` of its LoRA."""
+    clip = fit(bench, variant, lr, torch.arange(len(bench.train)))
+    trained = count_parameters(clip.model).trainable
+    row = measure(bench, clip, trained, lr) | {"strengths": {}}
+    for strength in strengths:
+        set_strength(clip.model, strength)
+        row["strengths"][f"strength {strength:.1f}"] = measure(bench, clip, trained, lr)
+    return row
+
+
+def difference(pairs: Pairs, row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """Return the recall of one row minus that of another, with a 95 % interval from the pairwise differences."""
-    a, b = (torch.tensor([int(digit) for digit in row["hits"]]) for row in (one, other))
-    result = share((a - b) / 2, bench.validation.image_ids)
+    a, b = (torch.tensor([int(digit) for digit in each["recall"]["hits"]]) for each in (row, other))
+    result = share((a - b) / 2, pairs.image_ids)
     if not (a - b).any():  # the interval of no difference has one side: it is open to both
         result["low"] = -result["high"]
     return result
 
 
-def verdict(bench: Bench, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Compare LoRA with the linear map and with full fine-tuning, a sentence each."""
-    own, sentences = reference(bench.config), []
-    for name in (LINEAR, FULL):
-        value, low, high = (100 * difference(bench, rows[own], rows[name])[key] for key in ("value", "low", "high"))
-        outcome = "higher" if low > 0 else "lower" if high < 0 else "no significant difference"
-        points = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
-        sentences.append(f"{own} against {name}, Recall@{K} in points on the same pairs: {outcome} ({points})")
-    return sentences
-
-
-def table_rows(bench: Bench, rows: dict[str, dict[str, Any]]) -> list[Row]:
-    """Return the rows of the table, a column for each measure."""
-    own, table = rows[reference(bench.config)], []
-    for name, row in rows.items():
+def table_rows(pairs: Pairs, rows: dict[str, dict[str, Any]], reference: str) -> list[Row]:
+    """Return the rows of the table, a column for each measure. A significant difference has an interval without 0."""
+    table = []
+    for name, row in (rows | rows[reference]["strengths"]).items():
         columns = {"trained (1,000)": {"value": row["trained"] / 1000}, "lr": {"value": round(row["lr"], 6)}}
         columns |= {label: row[key] for key, label in MEASURES.items()}
-        columns["minus LoRA"] = difference(bench, row, own)
-        if row["zero_shot"]["mean"] is not None:
-            columns["zero-shot (%)"] = {"value": round(100 * row["zero_shot"]["mean"], 1)}
-        table.append(Row(name, columns, len(bench.validation)))
+        columns[f"minus {reference}"] = difference(pairs, row, rows[reference])
+        table.append(Row(name, columns, len(pairs)))
     return table
-
-
-def rates_tried(rates: dict[str, Any]) -> list[str]:
-    """Describe how the learning rate of each variant was selected, a line each."""
-    lines = []
-    for name, tried in rates.items():
-        losses = ", ".join(f"{loss:.3f} at {lr}" for lr, loss in tried["losses"].items())
-        note = ", the lowest or highest tried: a better one may lie beyond" if tried["at the edge"] else ""
-        lines.append(f"{name}: lr {tried['lr']:.2g}{note}; loss on held-back training pairs: {losses}")
-    return lines
-
-
-def measure_all(bench: Bench, chosen: list[Variant], results: dict[str, Any], save: Callable[[], None]) -> None:
-    """Train and measure the variants that `results` does not contain; call `save` after each part."""
-    rows, rates = results["variants"], results["rates"]
-    if UNADAPTED not in rows:
-        rows[UNADAPTED] = measure(bench, bench.base()) | {"trained": 0, "lr": 0.0}
-        save()
-    for variant in chosen:
-        if variant.name in rows:
-            continue
-        if variant.name not in rates:
-            rates[variant.name] = choose_lr(bench, variant)
-            save()
-        lr = rates[variant.name]["lr"]
-        clip = fit(bench, variant, lr, torch.arange(len(bench.train)))
-        training = {"trained": count_parameters(clip.model).trainable, "lr": lr}
-        if variant.name == reference(bench.config):
-            for strength in STRENGTHS:  # ends with 1, as trained
-                set_strength(clip.model, strength)
-                results["strength"][f"{strength:.1f}"] = measure(bench, clip) | training
-        rows[variant.name] = measure(bench, clip) | training
-        save()
 
 
 @dataclass(frozen=True)
@@ -171,21 +219,33 @@ class Ablation(Experiment):
             base=partial(load_clip, base.name, base.device, revision=base.revision),
             train=prepare(data.train, base.processor, "training"),
             validation=prepare(data.validation, base.processor, "validation"),
-            shapes=shape_pairs(base.processor),
+            shapes=shape_pairs(base),
         )
         settings = {"config": asdict(bench.config), "data": setup.facts["data"], "model": base.fingerprint}
-        settings = json.loads(json.dumps(settings | {"seed": self.seed}))  # as it is read back: lists for tuples
+        settings |= {"seed": self.seed, "shapes": shapes.VERSION}
         results = read_json(setup.folder / "ablation.json").get("results", {})
-        if results.get("settings") != settings:
-            results = {"settings": settings, "rates": {}, "variants": {}, "strength": {}}
-        chosen = variants(bench.config, self.ranks)
-        measure_all(bench, chosen, results, lambda: self.save(setup, self.name, results))
+        if results.get("settings") != json.loads(json.dumps(settings)):  # as it is read back: lists for tuples
+            results = {"settings": settings, "rates": {}, "variants": {}}
 
-        rows = {name: results["variants"][name] for name in [UNADAPTED, *(variant.name for variant in chosen)]}
-        results["verdict"] = verdict(bench, rows)
-        table = table_rows(bench, rows | {f"strength {s}": row for s, row in results["strength"].items()})
+        def stored(section: str, name: str, compute: Callable[[], dict[str, Any]]) -> Any:
+            if name not in results[section]:
+                results[section][name] = compute()
+                self.save(setup, self.name, results)
+            return results[section][name]
+
+        rows = {UNADAPTED: stored("variants", UNADAPTED, lambda: measure(bench, bench.base()))}
+        reference, *others = variants(bench.config, self.ranks)
+        for variant, strengths in [(reference, STRENGTHS), *((variant, ()) for variant in others)]:
+            rate = stored("rates", variant.name, partial(choose_lr, bench, variant))
+            train = partial(train_and_measure, bench, variant, rate["lr"], strengths)
+            rows[variant.name] = stored("variants", variant.name, train)
+            if rate["at the edge"]:
+                print(
+                    f"{variant.name}: lr {rate['lr']:.2g} is the lowest or highest tried. A better one may lie beyond."
+                )
+
+        table = table_rows(bench.validation, rows, reference.name)
         print(as_text(comparison(table)))
-        print("\n" + "\n".join([*rates_tried(results["rates"]), *results["verdict"]]))
         measures = [Row(name, {label: of[label] for label in MEASURES.values()}, n) for name, of, n in table]
         plots.share_bars(measures, "%, both directions, 95 % interval", setup.folder / "ablation.png")
         self.save(setup, self.name, results, "ablation.png")

@@ -4,21 +4,19 @@ An experiment measures the adapted model of a run, and beside it the unadapted m
 prints a table and writes NAME.json (with command, seed, versions and hardware) and NAME.png. To add one, write a
 subclass of Experiment in experiments/NAME.py; `python -m experiments.NAME --run runs/x` then works:
 
-    @dataclass(frozen=True)
     class Cosine(Experiment):
-        \"""Mean cosine similarity of matching pairs.\"""  # shown by --help; fields added here become flags
+        \"""Mean cosine similarity of matching pairs.\"""  # shown by --help
 
         name = "cosine"
 
-        def measure(self, clip: Clip, pairs: Pairs) -> dict[str, Any]:
+        def measure(self, clip: Clip, pairs: Pairs) -> Reports:
             images, texts = encode(clip, pairs)
-            return share((images * texts).sum(dim=1)) | {"n": len(pairs)}
-
-        def rows(self, results: Results) -> list[Row]:
-            return [Row("cosine similarity", results, results["unadapted"]["n"])]
+            return {"pairs": {"cosine_similarity": share((images * texts).sum(dim=1)), "n": len(pairs)}}
 
     if __name__ == "__main__":
         sys.exit(main(Cosine))
+
+With @dataclass(frozen=True), fields of the subclass become flags.
 """
 
 import json
@@ -26,8 +24,6 @@ import random
 import shlex
 import sys
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,14 +37,16 @@ from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
 from clip_medical.evaluation.report import environment
 from clip_medical.evaluation.retrieval import bootstrap_interval
-from clip_medical.evaluation.table import Row, as_text, comparison
+from clip_medical.evaluation.table import Row, as_text, comparison, metric_rows
 from clip_medical.model import Clip, load_clip
 from clip_medical.run_folder import PROVENANCE, load_run, make_folder, read_json, write_text
 from clip_medical.training.device import choose_device
+from experiments import figures
 
 RESULTS = Path(__file__).parent / "results"
 
-Results = dict[str, dict[str, Any]]  # model, "unadapted" first -> its measurements
+Reports = dict[str, dict[str, Any]]  # task -> its "n", its metrics ({"value", ...} as for table.Row), and details
+Results = dict[str, Reports]  # model, "unadapted" first -> its reports
 
 
 class Setup(NamedTuple):
@@ -86,22 +84,31 @@ class Experiment:
             if value is not None and value < lowest:
                 raise UserError(f"--{flag} is {value}. Give a whole number of {lowest} or more.")
 
-    def measure(self, clip: Clip, pairs: Pairs) -> dict[str, Any]:
-        """Return the measurements of one model on the validation pairs, as JSON; `pairs.split` holds the labels."""
+    def measure(self, clip: Clip, pairs: Pairs) -> Reports:
+        """Measure one model on the validation pairs; `pairs.split` holds the labels. The result must fit into JSON."""
         raise NotImplementedError
 
     def rows(self, results: Results) -> list[Row]:
-        """Return the rows of the table."""
-        raise NotImplementedError
-
-    def figure_rows(self, results: Results) -> list[Row]:
-        """Return the rows that NAME.png shows, where they are shares; by default all."""
-        return self.rows(results)
+        """Return the rows of the table, one for each metric of each task."""
+        first = results["unadapted"].items()
+        return [row for task, report in first for row in metric_rows(task, pick(results, task), report["n"])]
 
     def draw(self, results: Results, folder: Path) -> list[str]:
-        """Draw the figures and return their file names."""
-        plots.share_bars(self.figure_rows(results), "%, with 95 % interval", folder / f"{self.name}.png")
-        return [f"{self.name}.png"]
+        """Draw the figures and return their file names.
+
+        One shows all rows that are shares. Tasks with a `classification_report` also have a confusion matrix each, and
+        all together a figure of their calibration.
+        """
+        files = [f"{self.name}.png"]
+        plots.share_bars(self.rows(results), "%, with 95 % interval", folder / files[0])
+        tasks = [task for task, report in results["unadapted"].items() if "confusion" in report]
+        for task in tasks:
+            files.append(f"{self.name}_confusion_{task}.png")
+            figures.confusion(pick(results, task), task, folder / files[-1])
+        if tasks:
+            files.append(f"{self.name}_reliability.png")
+            figures.reliability({task: pick(results, task) for task in tasks}, folder / files[-1])
+        return files
 
     def perform(self) -> int:
         """Measure every model, print the table, draw the figures, save the results. Returns the exit code."""
@@ -121,8 +128,7 @@ class Experiment:
             models = {"unadapted": load_clip(adapted.name, device, revision=adapted.revision), "adapted": adapted}
         else:
             models = {"unadapted": load_clip(self.model or "", device)}
-        local = self.run is not None and Path(self.run).is_dir()  # else an adapter on the Hub, or --model
-        folder = make_folder(Path(self.output or (local and self.run) or RESULTS))
+        local_run = self.run if self.run and Path(self.run).is_dir() else None  # else an adapter on the Hub, or --model
         base = models["unadapted"]
         identity = {"base": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         facts = {
@@ -131,7 +137,7 @@ class Experiment:
             "model": {"run": self.run, **identity, "encoder": base.encoder.name},
             "environment": environment(),
         }
-        return Setup(models, folder, facts)
+        return Setup(models, make_folder(Path(self.output or local_run or RESULTS)), facts)
 
     def read_config(self) -> Config:
         """Return the configuration of the run; with --model, the defaults of train.py for that model and --data."""
@@ -139,9 +145,7 @@ class Experiment:
             return Config(model=self.model or "", data=self.data or "phantoms", seed=self.seed)
         stored = read_json(Path(self.run, "config.json"))
         if not stored:
-            raise UserError(
-                f"{self.run} has no config.json. Give a run folder of train.py, or name the data with --data."
-            )
+            raise UserError(f"{self.run} has no config.json. Give a run of train.py, or name the data with --data.")
         known: dict[str, Any] = {key: value for key, value in stored.items() if key in Config.__dataclass_fields__}
         return Config(**known | {"targets": tuple(known["targets"])})
 
@@ -183,9 +187,9 @@ def share(scores: Tensor, groups: Tensor | None = None) -> dict[str, float]:
     return {"value": scores.double().mean().item(), "low": low, "high": high}
 
 
-def pick(results: Results, *keys: str) -> Results:
-    """Return model -> the entry of its results at the path `keys`."""
-    return {model: reduce(getitem, keys, result) for model, result in results.items()}
+def pick(results: Results, task: str) -> dict[str, dict[str, Any]]:
+    """Return model -> its report of one task."""
+    return {model: reports[task] for model, reports in results.items()}
 
 
 def main(experiment: type[Experiment]) -> int:

@@ -21,12 +21,12 @@ from clip_medical.data.dataset import load_data
 from clip_medical.data.images import decode
 from clip_medical.data.splits import Split
 from clip_medical.errors import UserError
-from clip_medical.evaluation.search import Index, Item
+from clip_medical.evaluation import plots
+from clip_medical.evaluation.search import Found, Index, Item
 from clip_medical.evaluation.table import as_text
-from experiments import figures
 from experiments.common import Experiment, Setup, main
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm"}
 
 
 def items_of(split: Split, source: str, part: str) -> Iterator[Item]:
@@ -47,7 +47,7 @@ class Search(Experiment):
     image: str | None = None
     """Image query: an image file."""
     k: int = 5
-    """Number of images to return; the figure shows the first 10."""
+    """Number of images to return; the figure shows the first 5."""
     index: str | None = None
     """Folder of the index. Default: index/ in the folder for the results."""
 
@@ -55,10 +55,8 @@ class Search(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.text is not None and self.image is not None:
-            raise UserError("Give either --text or --image as the query, not both.")
-        if not (self.add or self.text or self.image):
-            raise UserError("Nothing to do. Give --add to index images, or --text or --image to search them.")
+        if self.text and self.image or not (self.add or self.text or self.image):
+            raise UserError("Give --add to index images, or either --text or --image to search them.")
 
     def perform(self) -> int:
         setup = self.load_models()
@@ -70,11 +68,8 @@ class Search(Experiment):
             items = self.items_to_add(source, setup)
             with tqdm(total=len(items), desc="index", unit="image", leave=False) as bar:
                 added = index.add(items, bar.update)
-            print(
-                f"{source}: {added.new:,} images added, {added.known:,} already indexed, "
-                f"{added.duplicates:,} duplicates skipped, {len(added.unreadable):,} unreadable"
-            )
-            print("".join(f"  {reason}\n" for reason in added.unreadable[:3]), end="")
+            counts = f"{added.new:,} images added, {added.known:,} already indexed, {added.duplicates:,} duplicates"
+            print(f"{source}: {counts}, {len(added.unreadable):,} unreadable", *added.unreadable[:3], sep="\n  ")
         print(f"The index in {folder} holds {len(index):,} images")
         if self.text or self.image:
             self.search(index, setup)
@@ -86,36 +81,32 @@ class Search(Experiment):
             data = self.load_data(setup)
             return list(items_of(data.validation, data.source, "validation"))
         folder = Path(source)
-        tables = ("metadata.*", "*/metadata.*", "**/*.parquet")
-        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in tables):  # image files, no captions
-            files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if not files:
-                raise UserError(f"--add {source}: the folder contains no images.")
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if files and not any(folder.rglob("metadata.*")):  # images without captions, which load_data would refuse
             return [Item(str(f.relative_to(folder)), source, "", {}, partial(decode, f, str(f))) for f in files]
         data = load_data(source, seed=self.seed)
         return [*items_of(data.train, source, "train"), *items_of(data.validation, source, "validation")]
 
     def search(self, index: Index, setup: Setup) -> None:
         """Search with every model, then print, draw and save the best images."""
-        image = decode(Path(self.image), self.image) if self.image else None
         query = self.text or f"images similar to {self.image}"
-        hits, grid = {}, {}
+        image = decode(Path(self.image), self.image) if self.image else None
+        results: dict[str, list[Found]] = {}
         for model, clip in setup.models.items():
             feature = clip.encode_texts([query]) if image is None else clip.encode_images([image])
-            found = index.search(model, feature[0], self.k)
-            hits[model] = [hit._asdict() for hit in found]
-            grid[model] = [] if image is None else [(image, "query", "")]
-            cells = [[model, "cosine"]]
-            for hit in found:
-                cells.append([f"{hit.name}  {textwrap.shorten(hit.caption, 90)}", f"{hit.score:.3f}"])
-                labels = [hit.labels[facet] for facet in ("modality", "anatomy") if facet in hit.labels]
-                text = "\n".join(labels) or hit.caption or hit.name
-                grid[model].append((index.thumbnail(hit.row), f"{hit.score:.3f}", text))
-            print(f"\n{as_text(cells)}")
-        shown = {model: panels[:10] for model, panels in grid.items()}
-        figures.search_results(f"{query}, among {len(index):,} images", shown, setup.folder / "search.png")
-        results = {"query": query, "images in the index": len(index), "hits": hits}
-        self.save(setup, self.name, results, "search.png")
+            results[model] = index.search(model, feature[0], self.k)
+            cells = [[f"{h.name}  {textwrap.shorten(h.caption, 90)}", f"{h.score:.3f}"] for h in results[model]]
+            print("\n" + as_text([[model, "cosine"], *cells]))
+
+        def panel(hit: Found) -> plots.Hit:
+            text = " of the ".join(hit.labels[facet] for facet in ("modality", "anatomy") if facet in hit.labels)
+            text = textwrap.shorten(text or hit.caption or hit.name, 24)
+            return index.thumbnail(hit.row), f"{text}\ncosine {hit.score:.3f}", None
+
+        panels = {model: [[panel(hit) for hit in hits[:5]]] for model, hits in results.items()}
+        plots.search_grid([query], panels, len(index), setup.folder / "search.png")
+        hits = {model: [hit._asdict() for hit in hits] for model, hits in results.items()}
+        self.save(setup, self.name, {"query": query, "images in the index": len(index), "hits": hits}, "search.png")
 
 
 if __name__ == "__main__":

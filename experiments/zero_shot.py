@@ -1,8 +1,8 @@
 """Zero-shot classification before and after adaptation: `python -m experiments.zero_shot --run runs/x`.
 
-On labelled data: accuracy, balanced accuracy, AUROC and a confusion matrix for each facet (modality, anatomy, finding,
-view). --facet and --classes restrict this to one task, such as pneumonia against normal, on the images with one of
-these labels.
+On labelled data: accuracy, balanced accuracy, AUROC, calibration and a confusion matrix for each facet (modality,
+anatomy, finding, view). --facet and --classes restrict this to one task, such as pneumonia against normal, on the
+images with one of these labels.
 
 On one image with labels of your own: `--image my.png --labels "X-ray of the chest" "CT of the head"`.
 """
@@ -10,7 +10,7 @@ On one image with labels of your own: `--image my.png --labels "X-ray of the che
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,25 +22,23 @@ from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
 from clip_medical.evaluation.classification import classification_report
 from clip_medical.evaluation.encode import encode
-from clip_medical.evaluation.table import Row, as_text, metric_rows
+from clip_medical.evaluation.table import Row, as_text
 from clip_medical.evaluation.zero_shot import class_scores
 from clip_medical.model import Clip
-from experiments import figures
-from experiments.common import Experiment, Results, main, pick
+from experiments.common import Experiment, Reports, main
 
 Labels = dict[str, list[str]]  # facet -> the label of each row, "" where unknown; or facet -> its classes
 
 
-@torch.no_grad()
-def facet_reports(clip: Clip, images: Tensor, labels: Labels, classes: Labels) -> dict[str, Any]:
+def facet_reports(clip: Clip, images: Tensor, labels: Labels, classes: Labels) -> Reports:
     """Classify images (N, D) by each facet, over the rows whose label is one of its classes.
 
-    Returns facet -> `classification_report`, without facets that have no such row or fewer than two classes.
+    Returns facet -> `classification_report`, without facets that have no such row.
     """
     reports = {}
     for facet, names in classes.items():
         rows = [row for row, label in enumerate(labels.get(facet, [])) if label in names]
-        if rows and len(names) > 1:
+        if rows:
             truth = torch.tensor([names.index(labels[facet][row]) for row in rows])
             probabilities = class_scores(clip, facet, names, images[rows]).softmax(dim=1)
             reports[facet] = classification_report(probabilities, truth, names)
@@ -68,59 +66,33 @@ class ZeroShot(Experiment):
             raise UserError("--classes needs a --facet and at least two different classes of it.")
         if (self.image is None) != (not self.labels):
             raise UserError("--image and --labels belong together. Give one image file and its candidate labels.")
-        if self.image is not None and (self.facet or self.data):
-            raise UserError("--image classifies one image. Leave out --facet and --data.")
 
-    def classes_in(self, labels: Labels) -> Labels:
-        """Return facet -> candidate classes. Raises UserError if one of --classes is absent, or no facet has two."""
-        classes = {}
-        for facet in [self.facet] if self.facet else FACETS:
-            present = sorted(set(labels.get(facet, [])) - {""})
-            absent = [name for name in self.classes if name not in present]
-            if absent:
-                raise UserError(f"No validation image is labelled {absent[0]!r}. Give some of {', '.join(present)}.")
-            if len(present) > 1:
-                classes[facet] = list(self.classes) or present
+    def measure(self, clip: Clip, pairs: Pairs) -> Reports:
+        """Return facet -> `classification_report`. Raises UserError if a class is absent, or no facet has two."""
+        labels, facets = pairs.split.labels, [self.facet] if self.facet else FACETS
+        present = {facet: sorted(set(labels.get(facet, [])) - {""}) for facet in facets}
+        absent = [name for name in self.classes if name not in present[self.facet or ""]]
+        if absent:
+            raise UserError(f"No image is labelled {absent[0]!r}. Give some of {', '.join(*present.values())}.")
+        classes = {facet: list(self.classes) or names for facet, names in present.items() if len(names) > 1}
         if not classes:
             raise UserError("The validation images have fewer than two classes. Name a labelled data set with --data.")
-        return classes
-
-    def measure(self, clip: Clip, pairs: Pairs) -> dict[str, Any]:
-        """Return facet -> `classification_report`."""
-        labels = pairs.split.labels
-        return facet_reports(clip, encode(clip, pairs)[0], labels, self.classes_in(labels))
-
-    def rows(self, results: Results) -> list[Row]:
-        rows = []
-        for facet, report in results["unadapted"].items():
-            name = f"{facet}, {len(report['classes'])} classes"
-            rows += metric_rows(name, pick(results, facet), report["n"])
-        return rows
-
-    def draw(self, results: Results, folder: Path) -> list[str]:
-        files = super().draw(results, folder)
-        for facet in results["unadapted"]:
-            files.append(f"zero_shot_confusion_{facet}.png")
-            figures.confusion(pick(results, facet), facet, folder / files[-1])
-        return files
+        return facet_reports(clip, encode(clip, pairs)[0], labels, classes)
 
     def perform(self) -> int:
-        return super().perform() if self.image is None else self.classify_image(self.image)
-
-    def classify_image(self, file: str) -> int:
-        """Classify one image with the labels given on the command line."""
-        image = decode(Path(file), file)
+        """Classify the validation images or, with --image, one image with the labels given on the command line."""
+        if self.image is None:
+            return super().perform()
+        image = decode(Path(self.image), self.image)
         setup = self.load_models()
         results = {model: clip.classify(image, self.labels) for model, clip in setup.models.items()}
-        best = list(results.values())[-1]
-        rows = []
-        for label in sorted(self.labels, key=lambda label: -best[label]):
-            probability = {model: dict.fromkeys(("value", "low", "high"), p[label]) for model, p in results.items()}
-            rows.append(Row(label, probability, 1))
-        cells = [[label, *(f"{100 * p[label]:.1f} %" for p in results.values())] for label, _, _ in rows]
-        print(as_text([["", *results], *cells]))
+        adapted = list(results.values())[-1]
+        labels = sorted(self.labels, key=lambda label: -adapted[label])
+        print(as_text([["", *results], *([x, *(f"{100 * p[x]:.1f} %" for p in results.values())] for x in labels)]))
+        bars = {x: {m: dict.fromkeys(("value", "low", "high"), p[x]) for m, p in results.items()} for x in labels}
+        rows = [Row(label, probabilities, "") for label, probabilities in bars.items()]
         plots.share_bars(rows, "probability among these labels (%)", setup.folder / "zero_shot_image.png")
-        self.save(setup, "zero_shot_image", {"image": file, "probabilities": results}, "zero_shot_image.png")
+        self.save(setup, "zero_shot_image", {"image": self.image, "probabilities": results}, "zero_shot_image.png")
         return 0
 
 

@@ -19,7 +19,6 @@ UNADAPTED, ADAPTED, ACCENT = "#999999", "#0072B2", "#D55E00"  # from the palette
 COLOURS = {"unadapted": UNADAPTED, "adapted": ADAPTED}
 plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110}
 
-Rows = dict[str, list[dict[str, Any]]]  # model, "unadapted" first -> a result for each bar
 Hit = tuple[Image.Image, str, bool | None]  # an image, its labels or caption, whether it is correct (None: unknown)
 
 
@@ -48,52 +47,49 @@ def loss_curve(losses: Sequence[float], chance: float | None, file: Path) -> Non
     save_figure(figure, file)
 
 
-def bars(axes: Any, names: Sequence[str], rows: Rows) -> None:
-    """Draw a horizontal bar per name and model, in per cent, with its interval; the chance level is a dotted line.
+def share_bars(rows: Sequence[Row], label: str, file: Path) -> None:
+    """Plot the rows of a results table that are shares: a bar per row and model, in per cent, with its 95 % interval.
 
-    rows: model -> a result per name: {"value", "low", "high" (95 % interval), "chance" (optional)}
+    The chance level, where a row has one, is a dotted line. label: what is counted, and its unit.
     """
-    height = 0.76 / len(rows)
-    for number, (model, results) in enumerate(rows.items()):
+    rows = [row for row in rows if all("low" in result for result in row.results.values())]
+    counts = [f"\nn = {row.n:,}" if isinstance(row.n, int) else "" for row in rows]
+    names = [textwrap.fill(row.name, 42) + count for row, count in zip(rows, counts, strict=True)]
+    models = list(rows[0].results)
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.55 * len(names)))
+    height = 0.76 / len(models)
+    for number, model in enumerate(models):
+        results = [row.results[model] for row in rows]
         value, low, high = (100 * np.array([result[key] for result in results]) for key in ("value", "low", "high"))
-        y = np.arange(len(names)) + (number - (len(rows) - 1) / 2) * (height + 0.02)
+        y = np.arange(len(names)) + (number - (len(models) - 1) / 2) * (height + 0.02)
         interval, style = np.abs([low - value, high - value]), {"elinewidth": 1, "capsize": 2}
         axes.barh(y, value, height, xerr=interval, color=COLOURS[model], label=model, error_kw=style)
         for position, end, percent in zip(y, np.maximum(high, value), value, strict=True):
             axes.text(end + 1.5, position, f"{percent:.1f}", va="center", fontsize=9)
-    for position, result in enumerate(list(rows.values())[-1]):
+    for position, result in enumerate(results):  # of the last model
         if "chance" in result:
-            line, label = [position - 0.42, position + 0.42], None if position else "chance level"
-            axes.plot([100 * result["chance"]] * 2, line, color="black", linestyle=":", label=label)
+            line, legend = [position - 0.42, position + 0.42], None if position else "chance level"
+            axes.plot([100 * result["chance"]] * 2, line, color="black", linestyle=":", label=legend)
     axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 112), xticks=range(0, 101, 20))
-
-
-def share_bars(rows: Sequence[Row], label: str, file: Path) -> None:
-    """Plot the rows of a results table that are shares; label: what is counted, and its unit."""
-    shares = [row for row in rows if all("low" in result for result in row.results.values())]
-    counts = [f"\nn = {row.n:,}" if isinstance(row.n, int) else "" for row in shares]
-    names = [textwrap.fill(row.name, 42) + count for row, count in zip(shares, counts, strict=True)]
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.55 * len(names)))
-    bars(axes, names, {model: [row.results[model] for row in shares] for model in rows[0].results})
-    axes.set_xlabel(label)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 112), xticks=range(0, 101, 20), xlabel=label)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     save_figure(figure, file)
 
 
 def search_grid(queries: Sequence[str], hits: dict[str, list[list[Hit]]], pool: int, file: Path) -> None:
-    """Plot text-to-image search: a row per query, the best images of the unadapted model left, of the adapted right.
+    """Plot the results of a search: a row per query, and side by side the best images of each model.
 
     hits: model -> for each query the best of `pool` images, best first. Correct images have a blue frame, wrong ones
     an orange and dashed one.
     """
-    shown = len(hits["adapted"][0])
-    figure = plt.figure(figsize=(3 * shown, 2.05 * len(queries)))
-    halves: Any = figure.subfigures(1, 2)
-    for half, (model, results) in zip(halves, hits.items(), strict=True):
-        half.suptitle(model, y=1 + 0.1 / len(queries))
+    best, *_ = next(iter(hits.values()))
+    shown = len(best)
+    figure = plt.figure(figsize=(1.5 * shown * len(hits), 2.05 * len(queries)))
+    parts: Any = figure.subfigures(1, len(hits), squeeze=False)
+    for part, (model, results) in zip(parts[0], hits.items(), strict=True):
+        part.suptitle(model, y=1 + 0.1 / len(queries))
         spaces = {"left": 0.03, "right": 0.97, "hspace": 0.62, "wspace": 0.08}
-        grid = half.subplots(len(queries), shown, squeeze=False, gridspec_kw=spaces)
+        grid = part.subplots(len(queries), shown, squeeze=False, gridspec_kw=spaces)
         for axes, (image, text, correct) in zip(grid.flat, itertools.chain(*results), strict=True):
             axes.imshow(image.convert("RGB"))
             axes.set_title(text, fontsize=7.5, pad=3)
@@ -102,8 +98,8 @@ def search_grid(queries: Sequence[str], hits: dict[str, list[list[Hit]]], pool: 
             axes.spines[:].set(visible=correct is not None, linewidth=3, edgecolor=colour, linestyle=line)
         for axes, query in zip(grid[:, 0], queries, strict=True):
             axes.text(0, 1.32, f"“{query}”", transform=axes.transAxes, fontsize=10.5, fontweight="bold")
-    note = f"the first {shown} of {pool:,} validation images, best first"
-    if hits["adapted"][0][0][2] is not None:
+    note = f"the first {shown} of {pool:,} images, best first"
+    if best[0][2] is not None:
         note += "; blue frame: both labels are correct, orange and dashed: not"
     figure.text(0.5, 0.03, note, ha="center", fontsize=9.5)
     save_figure(figure, file)

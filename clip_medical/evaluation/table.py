@@ -14,14 +14,14 @@ class Row(NamedTuple):
 
 def metric_rows(name: str, reports: dict[str, dict[str, Any]], n: int | str) -> list[Row]:
     """Make a row of every metric in the reports (model -> report). A metric is an entry that has a "value"."""
-    metrics = [key for key, entry in list(reports.values())[-1].items() if isinstance(entry, dict) and "value" in entry]
-    return [Row(f"{name}, {title(key)}", {model: r[key] for model, r in reports.items()}, n) for key in metrics]
-
-
-def title(metric: str) -> str:
-    """Return the heading of a metric: "recall@10" -> "Recall@10", "median_rank" -> "Median rank", "mrr" -> "MRR"."""
-    abbreviation = len(metric.partition("@")[0]) <= 5
-    return metric.upper() if abbreviation else metric.replace("_", " ").capitalize()
+    rows = []
+    for key, entry in list(reports.values())[-1].items():
+        if isinstance(entry, dict) and "value" in entry:
+            # "recall@10" -> "Recall@10", "median_rank" -> "median rank", "mrr" -> "MRR"
+            short = len(key.partition("@")[0]) <= 5
+            title = key.upper() if short else key.capitalize() if "@" in key else key.replace("_", " ")
+            rows.append(Row(f"{name}, {title}", {model: report[key] for model, report in reports.items()}, n))
+    return rows
 
 
 def percent(row: dict[str, float]) -> str:

@@ -116,5 +116,5 @@ def restore(state: RandomState) -> None:
     """Put back what `random_state` returned."""
     on_cpu, on_device = state
     torch.set_rng_state(on_cpu)
-    if on_device is not None:
+    if on_device is not None and torch.cuda.is_available():  # False: a run from a GPU is resumed on a CPU
         set_device_states(*on_device)

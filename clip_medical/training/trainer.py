@@ -72,10 +72,10 @@ class Trainer:
         clip, pairs = self.clip, self.train_pairs
         clip.model.train()
         with explain_out_of_memory(self):
-            # eight pairs to compare the encoders on: from the shortest to the longest caption, one of them twice
+            # to compare the encoders on: captions from the shortest to the longest, one of them twice, and two images
             rows = pairs.lengths.argsort()[torch.linspace(0, len(pairs) - 1, 7).long()]
             rows = torch.cat([rows, rows[3:4]])
-            sample = Sample(clip.normalised(pairs.pixels[rows]), pairs.tokens[rows], pairs.lengths[rows])
+            sample = Sample(clip.normalised(pairs.pixels[rows[:2]]), pairs.tokens[rows], pairs.lengths[rows])
             choice = clip.encoder_choice(sample)
             print(f"Encoder  {choice.encoder.name}: {choice.reason}")
             if not (self.config.resume and self._resume()):

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,55 +9,58 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from clip_medical.data.batches import Pairs
-from clip_medical.data.synthetic.phantoms import describe, phantom
+from clip_medical.data.synthetic.phantoms import phantom
 from clip_medical.model import Clip
 
 Row = tuple[Path, str]  # PNG file, caption
-DRAWN = 256  # distinct PNG files; further ones are links to them, which cost a decoder the same
+DRAWN = 256  # distinct images; further files are links to them, which cost a decoder the same
 
 
-def radiology_image(index: int, seed: int = 0) -> Image.Image:
+def radiology_image(index: int, seed: int) -> Image.Image:
     """Draw a phantom in the size of a ROCOv2 image, one in ten in colour, as Doppler ultrasound is."""
     rng = np.random.default_rng((seed, index))
     size = rng.normal((640, 560), (120, 110)).clip(250, 1200).astype(int).tolist()  # width, height
     smooth = np.asarray(phantom(seed, "benchmark", index).image.resize(size, Image.Resampling.BICUBIC), np.float32)
-    grain = rng.normal(0, 4, smooth.shape)  # else a PNG would have a tenth of the 225 to 260 kB of ROCOv2's
+    grain = rng.normal(0, 4, smooth.shape)  # without it a PNG would have a tenth of the 225 to 260 kB of ROCOv2's
     image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
     if rng.random() < 0.1:
-        image = Image.merge("RGB", (image, image, image.point(lambda value: 255 - value)))
+        return Image.merge("RGB", (image, image, image.point(lambda value: 255 - value)))
     return image
 
 
-def caption_lengths(count: int, seed: int = 0) -> list[int]:
-    """Draw the lengths of captions in tokens as ROCO has them: log-normal, mean 34, median 28, at most CLIP's 77."""
-    return np.random.default_rng(seed).lognormal(np.log(28), 0.63, count).clip(6, 77).astype(int).tolist()
+def caption_lengths(count: int, seed: int) -> np.ndarray:
+    """Draw caption lengths (count,) in tokens as ROCO has them: log-normal, mean 34, median 28, at most CLIP's 77."""
+    lengths: np.ndarray = np.random.default_rng(seed).lognormal(np.log(28), 0.63, count).clip(6, 77).astype(np.int64)
+    return lengths
 
 
-def write_rows(folder: Path, count: int, tokenizer: CLIPTokenizer) -> list[Row]:
+def write_rows(folder: Path, count: int, tokenizer: CLIPTokenizer, seed: int) -> list[Row]:
     """Write `count` PNG files and draw a caption for each.
 
-    Captions are radiology words in random order. Real captions often start alike, which would save this project work:
-    its fast encoder shares common prefixes. These share little but the start token.
+    Captions are words in random order. Real captions often start alike, which would save this project work, because its
+    fast encoder computes a common prefix once. These share little but the start token.
     """
-    words = sorted({word for index in range(DRAWN) for word in describe(0, "benchmark words", index)[0].split()})
-    rows, rng = [], np.random.default_rng(0)
-    for index, length in enumerate(caption_lengths(count)):
+    rng, rows = np.random.default_rng(seed), []
+    words = [token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>")]
+    words = sorted(word for word in words if word.isascii() and word.isalpha())
+    for index, length in enumerate(caption_lengths(count, seed)):
         file = folder / f"{index}.png"
         if index < DRAWN:
-            radiology_image(index).save(file)
+            radiology_image(index, seed).save(file)
         else:
             os.link(folder / f"{index % DRAWN}.png", file)
-        ids = tokenizer(" ".join(rng.choice(words, 77)), truncation=True, max_length=length)["input_ids"]
+        ids = tokenizer(" ".join(rng.choice(words, 77)), truncation=True, max_length=int(length))["input_ids"]
         rows.append((file, str(tokenizer.decode(ids, skip_special_tokens=True))))
     return rows
 
 
 def random_pairs(clip: Clip, count: int, seed: int) -> Pairs:
     """Draw captions of random tokens. All pairs share one noise image, which is copied when a batch is loaded."""
-    generator, rows = torch.Generator().manual_seed(seed), torch.arange(count)
-    size, context, end = clip.processor.image_size, clip.processor.context_length, clip.processor.tokenizer.eos_token_id
-    lengths = torch.tensor(caption_lengths(count, seed)).clamp(max=context)
-    tokens = torch.randint(0, int(end), (count, context), generator=generator)
+    processor, generator, rows = clip.processor, torch.Generator().manual_seed(seed), torch.arange(count)
+    end = int(processor.tokenizer.eos_token_id)
+    lengths = torch.from_numpy(caption_lengths(count, seed)).clamp(max=processor.context_length)
+    tokens = torch.randint(0, end, (count, processor.context_length), generator=generator)
     tokens[rows, lengths - 1] = end
-    image: Any = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=generator)
+    shape = (1, 3, processor.image_size, processor.image_size)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     return Pairs(image.expand(count, -1, -1, -1), tokens, lengths, rows, rows)

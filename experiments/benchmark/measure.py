@@ -6,9 +6,9 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark is a dataclass of flags, and `measure`, which prints and returns the results."""
+    """A benchmark is a dataclass of flags with a method `measure`."""
 
     output: str = "experiments/results"
     """Folder for the results."""
@@ -34,39 +34,41 @@ class Benchmark:
     """Seed of the inputs."""
 
     command: ClassVar[str]  # `python -m experiments.COMMAND`
-    packages: ClassVar[tuple[str, ...]] = ()  # whose versions are stored, besides those of every report
-    minimum: ClassVar[dict[str, int]] = {}  # flag -> its lowest value
 
     def __post_init__(self) -> None:
-        for name, lowest in {"seed": 0, **self.minimum}.items():
-            if getattr(self, name) < lowest:
-                raise UserError(f"Found --{name.replace('_', '-')} {getattr(self, name)}, expected {lowest} or more.")
+        for name, value in asdict(self).items():
+            lowest = {"seed": 0, "batch_size": 2}.get(name, 1)
+            if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
+                raise UserError(f"Found --{name.replace('_', '-')} {value}, expected {lowest} or more.")
 
-    def measure(self) -> dict[str, Any]:
-        """Print the measurements and return them, as JSON."""
+    def measure(self, folder: Path) -> dict[str, Any]:
+        """Return the measurements: numbers, which are printed, and tables as JSON. Figures go into `folder`."""
         raise NotImplementedError
 
+    def file(self) -> str:
+        """Return the name of the results file, without .json."""
+        return self.command.replace(".", "_")
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is stored beside the measurements."""
+        command = shlex.join(["python", "-m", f"experiments.{self.command}", *sys.argv[1:]])
+        versions = {package: version(package) for package in ("peft", "torchvision", "datasets", "pillow")}
+        return {"command": command, "settings": asdict(self), "environment": environment() | versions}
+
     def perform(self) -> int:
-        """Measure, and write the results with command, seed, versions and hardware. Returns the exit code."""
+        """Measure, print, and write the results file. Returns the exit code."""
         folder = make_folder(Path(self.output))
-        facts = {
-            "command": shlex.join(["python", "-m", f"experiments.{self.command}", *sys.argv[1:]]),
-            "seed": self.seed,
-            "environment": environment() | {name: version(name) for name in self.packages},
-        }
-        files = self.write(folder, facts | self.measure())
-        print(f"\nSaved    {folder}: {', '.join(files)}")
+        results = self.measure(folder)
+        file = folder / f"{self.file()}.json"
+        write_text(file, json.dumps(self.facts() | results, indent=2) + "\n")
+        print("\n" + "\n".join(numbers(results)) + f"\n\nSaved    {file}")
         return 0
 
-    def write(self, folder: Path, results: dict[str, Any]) -> list[str]:
-        """Write the results file and return the names of all files written; by default `benchmark_NAME.json`."""
-        return [write_json(folder, self.command.replace(".", "_"), results)]
 
-
-def write_json(folder: Path, name: str, results: dict[str, Any]) -> str:
-    """Write NAME.json atomically; returns the name of the file."""
-    write_text(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
-    return f"{name}.json"
+def numbers(results: dict[str, Any]) -> list[str]:
+    """Format the entries that are numbers, one a line."""
+    values = {title: value for title, value in results.items() if isinstance(value, int | float)}
+    return [f"{title}: {value:,.0f}" if value >= 1000 else f"{title}: {value:.3g}" for title, value in values.items()]
 
 
 def main(kind: type[Benchmark]) -> int:
@@ -76,38 +78,35 @@ def main(kind: type[Benchmark]) -> int:
 
 
 def fresh_process(action: Callable[..., T], *arguments: Any) -> T:
-    """Return `action(*arguments)`, called in a new process, whose peak memory holds nothing from earlier work."""
+    """Return `action(*arguments)`, called in a new process: its peak memory holds nothing from earlier work."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(action, *arguments).result()
 
 
-def seconds(device: torch.device, action: Callable[..., Any], *arguments: Any) -> float:
+def seconds(action: Callable[..., Any], *arguments: Any) -> float:
     """Return the seconds that `action(*arguments)` takes, until all its GPU kernels are done."""
-    if device.type == "cuda":
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.synchronize()
     began = time.perf_counter()
     action(*arguments)
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def in_turns(
-    device: torch.device, actions: Mapping[str, Callable[[int], Any]], turns: int, title: str, warm_up: int = 0
-) -> dict[str, list[float]]:
-    """Time all actions in each turn, so that other load on the machine falls on all of them -> name -> seconds.
+def in_turns(actions: dict[str, Callable[[int], Any]], turns: int, title: str, warm_up: int) -> dict[str, list[float]]:
+    """Time all actions once in each turn, so that other load on the machine falls on all of them -> name -> seconds.
 
-    The first `warm_up` turns, which also pay for memory and compiled kernels, are not counted.
+    The first `warm_up` turns are not counted: they also pay for memory and compiled kernels.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in tqdm(range(warm_up + turns), desc=title, unit="turn"):
         for name, action in actions.items():
-            elapsed = seconds(device, action, turn)
-            if turn >= warm_up:
-                times[name].append(elapsed)
-    return times
+            times[name].append(seconds(action, turn))
+    return {name: values[warm_up:] for name, values in times.items()}
 
 
 def speedup(slower: list[float], faster: list[float]) -> float:
-    """Return the median over the turns of slower / faster. A ratio within a turn does not see slow minutes."""
+    """Return the median over the turns of slower / faster. Load that lasts a turn cancels out of its ratio."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))

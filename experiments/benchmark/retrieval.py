@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +38,28 @@ def features(count: int, seed: int) -> Tensor:
     return matrix
 
 
-def recall(pairs: int, repeats: int, seed: int) -> dict[str, Any]:
-    """Time the ranking of `pairs` pairs in both directions -> {"pairs", "seconds", "megabytes"}."""
+def recall(pairs: int, repeats: int, seed: int) -> tuple[float, float]:
+    """Time the ranking of `pairs` pairs in both directions -> seconds (median), MB beyond the features."""
     images, texts, ids = features(pairs, seed), features(pairs, seed + 1), torch.arange(pairs)
     pair_ranks(images[:100], texts[:100], ids[:100], ids[:100])  # warm-up: libraries are loaded
     before = peak_memory(CPU)
-    times = [seconds(CPU, pair_ranks, images, texts, ids, ids) for _ in range(repeats)]
-    growth = (peak_memory(CPU) - before) / 1e6
-    return {"pairs": pairs, "seconds": round(statistics.median(times), 2), "megabytes": round(growth, 1)}
+    times = [seconds(pair_ranks, images, texts, ids, ids) for _ in range(repeats)]
+    return statistics.median(times), (peak_memory(CPU) - before) / 1e6
 
 
-def search(images: int, seed: int) -> dict[str, Any]:
-    """Time queries over an index -> {"images", "milliseconds" (median), "longest_milliseconds", "load_seconds"}."""
+def search(images: int, seed: int) -> tuple[float, float, float]:
+    """Time queries over an index of `images` -> ms per query (median), the longest, seconds to load the index."""
     models = {"unadapted": load_clip()}
     with tempfile.TemporaryDirectory() as folder:
         Index(Path(folder), models)  # writes index.json
-        columns = [pa.array([f"{row}" for row in range(images)]).cast(field.type) for field in SCHEMA]
-        columns[SCHEMA.get_field_index("labels")] = pa.array(["{}"] * images)
-        write_part(Path(folder, "part-00000.arrow"), pa.table(columns, SCHEMA), {"unadapted": features(images, seed)})
-        loading = seconds(CPU, Index, Path(folder), models)
-        query = partial(Index(Path(folder), models).search, "unadapted", k=5)
-        times = [1000 * seconds(CPU, query, each) for each in features(QUERIES, seed + 1)]
-    return {
-        "images": images,
-        "milliseconds": round(statistics.median(times), 1),
-        "longest_milliseconds": round(max(times), 1),
-        "load_seconds": round(loading, 2),
-    }
+        cells = {field.name: [f"{row}".encode() for row in range(images)] for field in SCHEMA}
+        cells["labels"] = [b"{}"] * images
+        rows = pa.table(cells).cast(SCHEMA)
+        write_part(Path(folder, "part-00000.arrow"), rows, {"unadapted": features(images, seed)})
+        loading = seconds(Index, Path(folder), models)
+        index = Index(Path(folder), models)
+        times = [1000 * seconds(index.search, "unadapted", query) for query in features(QUERIES, seed + 1)]
+    return statistics.median(times), max(times), loading
 
 
 @dataclass(frozen=True)
@@ -75,24 +69,27 @@ class Retrieval(Benchmark):
     pairs: int = 10_000
     """Pairs of the whole pool."""
     large: int = 80_000
-    """Pairs of the large pool, which is measured once."""
+    """Pairs of the large pool, which is ranked once."""
     images: int = 100_000
     """Images in the index."""
     repeats: int = 3
     """Repeats of the whole pool; the median counts."""
 
     command = "benchmark.retrieval"
-    minimum = {"pairs": 10, "large": 10, "images": 10, "repeats": 1}
 
-    def measure(self) -> dict[str, Any]:
-        results: dict[str, Any] = {"width": WIDTH}
-        for name, pairs, repeats in (("whole", self.pairs, self.repeats), ("large", self.large, 1)):
-            pool = results[name] = fresh_process(recall, pairs, repeats, self.seed)
-            print(f"{name} pool   {pairs:,} pairs, both directions: {pool['seconds']:.2f} s, "
-                  f"{pool['megabytes']:,.0f} MB beyond the features")  # fmt: skip
-        index = results["search"] = fresh_process(search, self.images, self.seed)
-        print(f"search       {self.images:,} images: {index['milliseconds']:.1f} ms per query, at most "
-              f"{index['longest_milliseconds']:.1f} ms of {QUERIES}; {index['load_seconds']:.1f} s to load")  # fmt: skip
+    def measure(self, folder: Path) -> dict[str, Any]:
+        results: dict[str, Any] = {}
+        for pairs, repeats in ((self.pairs, self.repeats), (self.large, 1)):
+            pool = f"recall of {pairs:,} pairs, both directions"
+            time, memory = fresh_process(recall, pairs, repeats, self.seed)
+            results |= {f"{pool}, s": time, f"{pool}, MB beyond the features": memory}
+        query, longest, loading = fresh_process(search, self.images, self.seed)
+        index = f"search in {self.images:,} images"
+        results |= {
+            f"{index}, ms": query,
+            f"{index}, longest of {QUERIES}, ms": longest,
+            f"{index}, s to load": loading,
+        }
         return results
 
 

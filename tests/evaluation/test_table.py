@@ -21,9 +21,9 @@ def test_new_metric_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["text_to_image"]["ndcg@2"]["chance"] == pytest.approx(expected, abs=1e-5)  # each rank once in three
     results = {"retrieval": report, "zero_shot": {}}
     cells = {row[0]: row[1:] for row in table(results, results)}
-    assert list(cells)[1:5] == [f"image -> text, {name}" for name in ("Recall@1", "MRR", "NDCG@2", "Median rank")]
+    assert list(cells)[1:5] == [f"image -> text, {name}" for name in ("Recall@1", "MRR", "NDCG@2", "median rank")]
     assert cells["text -> image, NDCG@2"][2:] == ["54.4 %", "3"]
-    assert cells["text -> image, Median rank"] == ["2", "2", "2", "3"]
+    assert cells["text -> image, median rank"] == ["2", "2", "2", "3"]
 
 
 def test_cells_by_hand() -> None:

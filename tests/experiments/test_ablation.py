@@ -9,24 +9,31 @@ import pytest
 import torch
 from torch import Tensor
 
-import experiments.variants
 from clip_medical import load_clip
 from clip_medical.config import Config
 from clip_medical.data.batches import Pairs
 from clip_medical.model import Clip
 from experiments import ablation
-from experiments.ablation import UNADAPTED, Ablation, difference
-from experiments.variants import FULL, LINEAR, Bench, Variant, choose_lr, make_trainable, variants
+from experiments.ablation import FULL, LINEAR, UNADAPTED, Ablation, Bench, Variant, choose_lr, difference, fit, variants
 from tests.experiments.tools import Command, results
 
 
-def test_trainable_parameters_of_each_variant() -> None:
+@pytest.fixture
+def bench() -> Bench:
+    """20 pairs of black images and different captions, and a configuration of 7 steps."""
+    processor, number = load_clip().processor, torch.arange(20)
+    tokens, lengths = processor.tokens([f"number {n}" for n in number.tolist()])
+    pixels = torch.zeros(20, 3, processor.image_size, processor.image_size, dtype=torch.uint8)
+    pairs = Pairs(pixels, tokens, lengths, number, number)
+    return Bench(Config(steps=7, batch_size=4), load_clip, pairs, pairs, pairs)
+
+
+def test_trainable_parameters_of_each_variant(bench: Bench) -> None:
     """Catches a linear map that trains the encoders, and full fine-tuning that leaves a part of them frozen."""
     chosen = variants(Config(), (1, 8))
     assert len({variant.name for variant in chosen}) == 7
     for variant in chosen:
-        model = load_clip().model
-        make_trainable(model, variant)
+        model = fit(bench._replace(config=Config(steps=0)), variant, 1e-3, torch.arange(20)).model
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         if variant.name == LINEAR:
             assert trainable == {"visual_projection.weight", "text_projection.weight"}
@@ -38,16 +45,6 @@ def test_trainable_parameters_of_each_variant() -> None:
             assert all(name.startswith(tower) for name in trainable)
             layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
             assert {layer.scaling for layer in layers} == {2.0}, "a rank must not change the scaling"
-
-
-@pytest.fixture
-def bench() -> Bench:
-    """20 pairs of black images and different captions, and a configuration of 7 steps."""
-    processor, number = load_clip().processor, torch.arange(20)
-    tokens, lengths = processor.tokens([f"number {n}" for n in number.tolist()])
-    pixels = torch.zeros(20, 3, processor.image_size, processor.image_size, dtype=torch.uint8)
-    pairs = Pairs(pixels, tokens, lengths, number, number)
-    return Bench(Config(steps=7, batch_size=4), load_clip, pairs, pairs, pairs)
 
 
 def test_held_back_pairs_are_not_trained_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +61,9 @@ def test_held_back_pairs_are_not_trained_on(bench: Bench, monkeypatch: pytest.Mo
         decided.append(rows)
         return 1.0
 
-    monkeypatch.setattr(experiments.variants, "fit", fit)
-    monkeypatch.setattr(experiments.variants, "loss_on", loss_on)
-    monkeypatch.setattr(experiments.variants, "MAX_RATES", 2)
+    monkeypatch.setattr(ablation, "fit", fit)
+    monkeypatch.setattr(ablation, "loss_on", loss_on)
+    monkeypatch.setattr(ablation, "MAX_RATES", 2)
     choose_lr(bench, Variant("any", (0.1, 0.2)))
     assert [lr for lr, _ in trained] == [0.1, 0.2]
     for (_, train_rows), held_back in zip(trained, decided, strict=True):
@@ -93,8 +90,8 @@ def test_rates_are_tried_until_the_best_lies_between_two(
     def loss_on(pairs: Pairs, rows: Tensor, lr: float) -> float:
         return abs(math.log(lr / best)) if lr != 0.5 or best == 0.4 else math.nan
 
-    monkeypatch.setattr(experiments.variants, "fit", lambda bench, variant, lr, rows: lr)
-    monkeypatch.setattr(experiments.variants, "loss_on", loss_on)
+    monkeypatch.setattr(ablation, "fit", lambda bench, variant, lr, rows: lr)
+    monkeypatch.setattr(ablation, "loss_on", loss_on)
     chosen = choose_lr(bench, Variant("any", (0.5, 1, 2)))
     assert list(chosen["losses"]) == [f"{lr:.2g}" for lr in tried]
     assert chosen["lr"] == (tried[0] if math.isnan(best) else min(tried, key=lambda lr: abs(math.log(lr / best))))
@@ -109,9 +106,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Fit:
     """Make the ablation small: few shapes and strengths, and the lowest of three rates wins. Returns the real `fit`."""
     monkeypatch.setattr(ablation, "SHAPES", 24)
     monkeypatch.setattr(ablation, "STRENGTHS", (0.0, 0.5, 1.0))
-    monkeypatch.setattr(experiments.variants, "MAX_RATES", 3)
-    monkeypatch.setattr(experiments.variants, "loss_on", lambda *_: 1.0)
-    return experiments.variants.fit
+    monkeypatch.setattr(ablation, "MAX_RATES", 3)
+    monkeypatch.setattr(ablation, "loss_on", lambda *_: 1.0)
+    return ablation.fit
 
 
 @pytest.mark.slow
@@ -148,27 +145,26 @@ def test_an_interrupted_ablation_continues(
     assert fitted == [FULL]  # all else was measured, and its learning rate selected
     content = results(tmp_path, "ablation")["results"]
     rows = content["variants"]
-    assert list(rows)[0] == UNADAPTED and list(rows)[-1] == FULL and "LoRA r = 4, q and v" in rows
-    assert content["strength"]["0.0"]["hits"] == rows[UNADAPTED]["hits"]
-    assert content["strength"]["1.0"]["hits"] == rows["LoRA r = 4, q and v"]["hits"]
+    assert list(rows)[0] == UNADAPTED and list(rows)[-1] == FULL
+    reference = rows["LoRA r = 4, q and v"]
+    assert reference["strengths"]["strength 0.0"]["recall"] == rows[UNADAPTED]["recall"]
+    assert reference["strengths"]["strength 1.0"]["recall"] == reference["recall"]
     assert rows[UNADAPTED]["trained"] == 0 < rows["LoRA r = 1, q and v"]["trained"] < rows[FULL]["trained"]
-    assert [name in verdict for name, verdict in zip((LINEAR, FULL), content["verdict"], strict=True)] == [True, True]
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "minus LoRA" in printed and "a better one may lie beyond" in printed
+    assert "minus LoRA r = 4" in printed and "strength 0.5" in printed and "A better one may lie beyond" in printed
 
     monkeypatch.setattr(ablation, "fit", interrupted)
     assert command("ablation", *flags, "--steps", 2) == 130  # other settings: everything is measured again
     assert list(results(tmp_path, "ablation")["results"]["variants"]) == [UNADAPTED]
 
 
-def test_differences_are_paired(bench: Bench) -> None:
+def test_differences_are_paired() -> None:
     """Catches the interval of two independent samples: equal models on the same pairs differ by nothing."""
-    bench = bench._replace(validation=type("Stub", (), {"image_ids": torch.arange(100)})())
-    one = {"hits": "02" * 50}
-    same = difference(bench, one, one)
+    pairs, one = Pairs(*[torch.arange(100)] * 5), {"recall": {"hits": "02" * 50}}
+    same = difference(pairs, one, one)
     assert same["value"] == 0 and 0 < same["high"] == -same["low"] < 0.04
-    better = difference(bench, {"hits": "12" * 50}, one)
+    better = difference(pairs, {"recall": {"hits": "12" * 50}}, one)
     assert better["value"] == pytest.approx(0.25) and 0.15 < better["low"] < better["high"] < 0.35
 
 

@@ -1,33 +1,197 @@
-"""The benchmark: what it refuses before it measures, and what it leaves out."""
+"""The benchmarks, each end to end on inputs so small that their figures mean nothing."""
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel
 
+from clip_medical.config import Config
+from clip_medical.data.cache import ROOT_VARIABLE
 from clip_medical.errors import UserError
-from experiments import benchmark, benchmark_parts
+from clip_medical.model import load_clip
+from experiments.benchmark import __main__ as training_command
+from experiments.benchmark import contenders, data, measure, memory, retrieval, training
+from experiments.benchmark.contenders import CONTENDERS, Task
+from experiments.benchmark.inputs import write_rows
+
+CPU = torch.device("cpu")
+Perform = Callable[..., dict[str, Any]]  # kind of benchmark, its flags -> the JSON that it writes
 
 
-@pytest.mark.parametrize("options", [{"repeats": 0}, {"batch_size": 1}, {"memory": 0.0}])
-def test_settings_that_measure_nothing_are_refused(options: dict[str, Any]) -> None:
-    """Mistake: a traceback of the median of no numbers, at the end of the measurement."""
-    with pytest.raises(UserError, match="--repeats"):
-        benchmark.Benchmark(**options)
+def small_clip() -> CLIPModel:
+    """A CLIP with ViT-B/32's input format, far smaller than it."""
+    torch.manual_seed(0)
+    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    config: Any = CLIPConfig(text_config=tower, vision_config=tower | {"patch_size": 32}, projection_dim=16)
+    config.text_config.eos_token_id = load_clip().processor.tokenizer.eos_token_id
+    return CLIPModel(config)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_measurement(tmp_path: Path) -> None:
-    """Mistake: a traceback after minutes of measuring, whose result is lost."""
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Small models and batches; what would run in a fresh process runs in this one."""
+    monkeypatch.setattr(contenders, "vit_b_32", small_clip)
+    monkeypatch.setattr(training_command, "CHUNKED", (8, 16))
+    for name, value in (("CHUNK", 4), ("BATCHES", (4, 8)), ("PLAIN", (4,)), ("PAIRS", 16)):
+        monkeypatch.setattr(memory, name, value)
+    for module in (training_command, training, memory, retrieval):
+        monkeypatch.setattr(module, "fresh_process", lambda action, *arguments: action(*arguments))
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def perform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Perform:
+    """Run a benchmark as from the command line and return the results that it wrote."""
+
+    def call(kind: type[measure.Benchmark], *flags: object) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, flags), "--output", str(tmp_path / "results")])
+        assert measure.main(kind) == 0
+        (file,) = (tmp_path / "results").glob("*.json")
+        results: dict[str, Any] = json.loads(file.read_text())
+        assert results["command"].startswith(f"python -m experiments.{kind.command} ")
+        assert results["settings"]["seed"] == 0
+        assert results["environment"].keys() > {"processor", "torch", "peft"}
+        return results
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        (training_command.Training, {"repeats": 0}),
+        (training_command.Training, {"batch_size": 1}),
+        (memory.Memory, {"seed": -1}),
+        (data.Data, {"rounds": 0}),
+        (retrieval.Retrieval, {"pairs": 0}),
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(kind: type[measure.Benchmark], flags: dict[str, int]) -> None:
+    """Catches a traceback at the end of the measurement: the median of no values."""
+    ((name, value),) = flags.items()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}, expected"):
+        kind(**flags)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [training_command.Training, memory.Memory, data.Data, retrieval.Retrieval])
+def test_an_output_that_cannot_be_written_is_refused_first(kind: type[measure.Benchmark], tmp_path: Path) -> None:
+    """Catches minutes of measuring whose results are lost."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="another --output"):
-        benchmark.run(benchmark.Benchmark(output=str(tmp_path / "file" / "x")))
+        kind(output=str(tmp_path / "file" / "x")).perform()
 
 
-def test_the_largest_batch_is_told_only_where_memory_grows_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistake: a straight line through two peaks of which the larger batch has the smaller: minus 18,715 pairs."""
-    peaks = {4: 2**30, 8: 2**30 + 4 * 2**20}
-    monkeypatch.setattr(benchmark_parts, "fresh_process", lambda action, name, rows, size, precision: peaks[size])
-    told = benchmark_parts.memory([], 8, "auto", budget=2.0)["ours"]
-    assert told == {"peak bytes": peaks[8], "largest batch in 2.0 GiB, extrapolated": 8 + (2**30 - 4 * 2**20) / 2**20}
-    peaks[8] = 2**30 - 1
-    assert benchmark_parts.memory([], 8, "auto", budget=2.0)["ours"] == {"peak bytes": peaks[8]}
+def test_contenders_with_an_adapter_have_the_same_losses(tmp_path: Path) -> None:
+    """Catches contenders that differ in more than speed: in A, the batches, the loss, the optimizer or the gradient."""
+    rows = write_rows(tmp_path, 9, load_clip().processor.tokenizer, seed=0)
+    _, losses = training.training(Task(rows, 4, CPU, torch.float32), repeats=4, epochs=False)
+    fast, reference, peft, full = (torch.tensor(losses[name]) for name in CONTENDERS)
+    assert (fast - reference).abs().max() < 2e-5
+    # torchvision and Pillow round a few resized pixels differently: an offset for each of the two batches
+    offset = (peft - fast).view(3, 2)
+    assert offset.abs().max() < 1e-3 and (offset - offset[0]).abs().max() < 2e-5
+    assert (fast[4] - fast[0]).abs() > 0.01 and full[0] == peft[0]
+    assert (full - peft)[2:].abs().min() > 0.01
+
+
+def test_images_and_captions_are_those_of_rocov2(tmp_path: Path) -> None:
+    """Catches images that cost a decoder less than real ones, and captions that all begin alike or have one length."""
+    tokenizer = load_clip().processor.tokenizer
+    rows = write_rows(tmp_path, 12, tokenizer, seed=0)
+    sizes = [file.stat().st_size for file, _ in rows]
+    assert 150_000 < sum(sizes) / len(sizes) < 320_000
+    lengths = [len(ids) for ids in tokenizer([caption for _, caption in rows])["input_ids"]]
+    assert len(set(lengths)) > 6 and max(lengths) <= 80
+    assert len({caption.split()[0] for _, caption in rows}) > 6
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_runs(perform: Perform, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a benchmark that no longer fits the code it measures, and a row that one contender lacks."""
+    results = perform(training_command.Training, "--batch-size", 2, "--images", 4, "--repeats", 2)
+    assert list(results["contenders"]) == list(CONTENDERS)
+    rows = ["step, pairs/s", "later epoch from PNG files, pairs/s", "peak memory, GiB"]
+    for values in results["contenders"].values():
+        assert values.keys() > set(rows) and len(values) == 6
+    assert results["contenders"]["peft, usual loop"]["step, ratio to peft"] == 1
+    difference = results["largest difference between losses of the same step, without full fine-tuning"]
+    assert 0 <= difference < 1e-2
+    assert results["unadapted, images/s"] > 0 and results["merged to unadapted"] > 0
+    assert results["tiny CLIP in chunks of 128, ms per pair in a batch of 16"] > 0
+    table = (tmp_path / "results" / "benchmark-cpu.md").read_text()
+    assert "| step, pairs/s |" in table and f"- command: `{results['command']}`" in table
+    assert "peak memory, GiB" in capsys.readouterr().out
+
+
+def test_the_memory_curve_says_what_was_not_measured(perform: Perform, tmp_path: Path) -> None:
+    """Catches figures of a T4 from a machine without a GPU, and a limit that leaves out what grows with the batch."""
+    results = perform(memory.Memory)
+    first, last = results["curve"]["in chunks"]
+    assert (last["batch"], last["features"], last["logits"]) == (8, 2 * 8 * 128 * 4, 8 * 8 * 4)
+    assert last["pixels"] == 2 * first["pixels"] == 8 * 3 * 112**2
+    assert len(results["T4"]) == 3 and set(results["T4"].values()) == {"not measured"}
+    with Image.open(tmp_path / "results" / "memory_curve.png") as image:
+        assert image.width > 400
+
+
+@pytest.mark.parametrize(("checkpointing", "text"), [("off", "without checkpointing"), ("on", "with checkpointing")])
+def test_steps_follow_the_plan(checkpointing: Any, text: str) -> None:
+    """Catches GPU rows whose code never ran without one: only the device differs."""
+    result = memory.train(Config(batch_size=24, chunk_size=8, checkpointing=checkpointing, fragments=1))
+    assert result is not None and result["batch"] == 24
+    assert result["plan"] == f"in 3 chunks of up to 8, {text}"
+    assert result["forecast"] > 0 and result["peak"] > 0 and result["ms"] > 0
+
+
+def test_a_batch_that_does_not_fit_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a benchmark that ends with the first row that a T4 cannot hold."""
+
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(memory, "contrastive_backward", too_large)
+    assert memory.train(Config(batch_size=16)) is None
+
+
+def test_the_retrieval_benchmark_runs(perform: Perform) -> None:
+    """Catches a benchmark that no longer fits the index or the ranking."""
+    results = perform(retrieval.Retrieval, "--pairs", 30, "--large", 40, "--images", 50)
+    assert results["recall of 40 pairs, both directions, s"] > 0
+    assert results["search in 50 images, ms"] <= results["search in 50 images, longest of 20, ms"]
+
+
+@pytest.mark.slow
+def test_the_data_benchmark_runs(perform: Perform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a benchmark that no longer fits the loaders, and a cache that is left over from the round before."""
+    for name, value in (("SHARD", 4), ("FEW", 4), ("BATCH", 2)):
+        monkeypatch.setattr(data, name, value)
+    passes = []
+
+    def fresh_process(action: Callable[..., Any], folder: Path, *arguments: Any) -> Any:
+        if action is data.usual_loader:  # it forks, which is not safe in a process with threads
+            return measure.fresh_process(action, folder, *arguments)
+        passes.append(len(list(folder.glob("*.parquet"))))
+        return action(folder, *arguments)
+
+    monkeypatch.setattr(data, "fresh_process", fresh_process)
+    results = perform(data.Data, "--images", 8, "--rounds", 2, "--many", 12)
+    assert passes == [2, 2, 1, 3]
+    rates = [results[f"{name}, images/s"] for name in ("usual loader", "first pass", "cached")]
+    assert min(rates) > 0 and len(results["rounds"]) == 2
+    assert 150 < results["kB per image"] < 320 and results["peak memory of 12 images, MB"] > 100
+
+
+@pytest.mark.slow
+def test_measurements_run_in_fresh_processes(tmp_path: Path) -> None:
+    """Catches functions that a new process cannot import, because the benchmark itself is the main module."""
+    flags = "--pairs 20 --large 20 --images 20 --output".split()
+    command = [sys.executable, "-m", "experiments.benchmark.retrieval", *flags, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert (tmp_path / "benchmark_retrieval.json").is_file()

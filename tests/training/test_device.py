@@ -1,4 +1,4 @@
-"""The number format: chosen by what the hardware computes in, not by what it can emulate."""
+"""The precision of a run: chosen by what the hardware computes in, not by what it can emulate."""
 
 import pytest
 import torch
@@ -13,22 +13,25 @@ from clip_medical.training.device import choose_precision
 def test_a_t4_gets_fp16_and_an_ampere_card_bf16(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
 ) -> None:
-    """Catches `is_bf16_supported()`, which says yes on a T4 (7.5) and means a slow emulation."""
+    """Catches a choice by `is_bf16_supported()`, which is true on a T4 (7.5), where bf16 is emulated and slow."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     dtype, reason = choose_precision("auto", torch.device("cuda"))
     assert dtype == expected and ".".join(map(str, capability)) in reason
 
 
-def test_a_cpu_gets_fp32_and_a_wish_is_granted() -> None:
+def test_a_cpu_gets_fp32_and_a_requested_precision_is_taken() -> None:
     """Catches half precision on a CPU by default, and a --precision that is ignored."""
     assert choose_precision("auto", torch.device("cpu"))[0] == torch.float32
-    assert choose_precision("bf16", torch.device("cpu")) == (torch.bfloat16, "as asked")
+    assert choose_precision("bf16", torch.device("cpu")) == (torch.bfloat16, "as requested")
 
 
-@pytest.mark.parametrize("able", [{"amx_bf16": True}, {"avx512_bf16": True}, {"avx512_f": True}, {}])
-def test_a_cpu_that_multiplies_in_bf16_is_told_of_it(monkeypatch: pytest.MonkeyPatch, able: dict[str, bool]) -> None:
-    """Catches a hint that is not given, or given where bf16 would be slower."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+@pytest.mark.parametrize("capabilities", [{"amx_bf16": True}, {"avx512_bf16": True}, {"avx512_f": True}, {}])
+def test_a_cpu_with_bf16_instructions_gives_a_hint(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool]
+) -> None:
+    """Catches a missing hint, and one on a CPU where bf16 is slower."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     dtype, reason = choose_precision("auto", torch.device("cpu"))
-    assert dtype == torch.float32 and ("--precision bf16" in reason) == any("bf16" in unit for unit in able)
+    assert dtype == torch.float32
+    assert ("--precision bf16" in reason) == any("bf16" in instruction for instruction in capabilities)

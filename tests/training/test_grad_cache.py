@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from clip_medical.training.grad_cache import WHOLE, contrastive_backward
+from clip_medical.training.grad_cache import WHOLE, contrastive_backward, restore
 from clip_medical.training.loss import Loss, info_nce, same_rows
 from lora import adapter_parameters
 from tests.training.tools import (
-    N,
     one_graph,
     relative_difference,
     sigmoid_loss,
@@ -17,7 +16,7 @@ from tests.training.tools import (
 )
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5, 8, 11, N, WHOLE])
+@pytest.mark.parametrize("chunk_size", [1, 5, 11, WHOLE])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("fragments", [0, 2])
 def test_gradients_in_chunks_equal_those_of_one_graph(chunk_size: int, dropout: float, fragments: int) -> None:
@@ -37,7 +36,7 @@ def test_gradients_in_chunks_equal_those_of_one_graph(chunk_size: int, dropout: 
 @pytest.mark.parametrize("chunk_size", [5, WHOLE])
 @pytest.mark.parametrize("fragments", [0, 2])
 def test_the_loss_that_is_given_is_the_one_that_trains(chunk_size: int, fragments: int) -> None:
-    """Catches a step with a loss of its own: gradients of a pairwise sigmoid loss equal autograd's on the plain step."""
+    """Catches a step with a loss of its own. Gradients of a pairwise sigmoid loss equal those of the plain step."""
     clip, batch = small_clip(), whole_batch(fragments)
     expected_loss, expected = one_graph(clip, batch, loss=sigmoid_loss)
     loss = contrastive_backward(clip, batch, sigmoid_loss, chunk_size)
@@ -105,10 +104,7 @@ def test_a_base_in_half_precision_gives_the_gradient_to_its_rounding(dtype: torc
     clip, batch = small_clip(), whole_batch()
     expected_loss = contrastive_backward(clip, batch, info_nce, chunk_size)
     expected = take_gradients(clip)
-    clip = small_clip()
-    for parameter in clip.model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    clip = small_clip(dtype=dtype)
     loss = contrastive_backward(clip, batch, info_nce, chunk_size, scale=lambda loss: 1024 * loss)
     gradients = take_gradients(clip)
     assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in gradients)
@@ -153,3 +149,11 @@ def test_an_exception_in_the_loss_is_not_hidden(encoder: str) -> None:
     loss: Loss = failing_loss
     with pytest.raises(RuntimeError, match="raised by the loss"):
         contrastive_backward(small_clip(encoder=encoder), whole_batch(), loss)
+
+
+def test_a_random_state_from_a_gpu_is_restored_on_a_cpu() -> None:
+    """Catches a run from a GPU that cannot be resumed on a machine without one."""
+    state = torch.get_rng_state()
+    torch.rand(1)
+    restore((state, ([0], [torch.zeros(16, dtype=torch.uint8)])))
+    assert torch.equal(torch.get_rng_state(), state)

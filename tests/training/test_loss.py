@@ -1,4 +1,4 @@
-"""InfoNCE: what it must equal, and the mistakes that would pass unseen in a falling loss curve."""
+"""InfoNCE: what it must equal, and the mistakes that a falling loss curve would not show."""
 
 import math
 
@@ -9,26 +9,72 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_medical import info_nce
-from clip_medical.training.loss import same_rows
+from clip_medical.training import loss as loss_module
+from clip_medical.training.loss import chance_level, same_rows
+from tests.training.tools import sigmoid_loss
 
 
 def features(seed: int, n: int = 8, d: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    make = lambda: F.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=-1)  # noqa: E731
-    return make(), make()
+    images, texts = F.normalize(torch.randn(2, n, d, generator=generator, dtype=torch.float64), dim=-1)
+    return images, texts
 
 
 @pytest.mark.parametrize("n", [2, 7, 64])
-def test_equal_logits_cost_ln_n(n: int) -> None:
-    """Catches a sum where the mean belongs, and only one of the two directions counted."""
+def test_equal_similarities_give_ln_n(n: int) -> None:
+    """Catches a sum where a mean belongs, and only one of the two directions counted."""
     same = F.normalize(torch.ones(n, 5), dim=-1)
     assert info_nce(same, same, 4.6).item() == pytest.approx(math.log(n), rel=1e-5)
+
+
+def test_the_chance_level_is_that_of_the_loss_and_its_positives() -> None:
+    """Catches ln N where rows have several positives, and the chance level of InfoNCE for another loss."""
+    scale, diagonal = torch.tensor(2.0), torch.eye(8, dtype=torch.bool)
+    assert chance_level(info_nce, scale, diagonal) == pytest.approx(math.log(8), rel=1e-5)
+    in_twos = same_rows(torch.arange(8) // 2)  # each row has two positives
+    assert chance_level(info_nce, scale, in_twos) == pytest.approx(math.log(8 / 2), rel=1e-5)
+    logit = math.exp(2) - 2  # of every pair, positive or not
+    expected = math.log1p(math.exp(-logit)) + 7 * math.log1p(math.exp(logit))
+    assert chance_level(sigmoid_loss, scale, diagonal) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 8, 24, 40, 63])
+@pytest.mark.parametrize("ids", [torch.arange(8), torch.tensor([0, 1, 1, 2, 3, 4, 1, 0])])
+def test_blocks_of_rows_change_neither_loss_nor_gradient(
+    block: int, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a last block that is lost or weighted like a full one, candidates of one block only, and a gradient of
+    features or scale that the recomputation loses."""
+    results = []
+    for each in (2**20, block):
+        monkeypatch.setattr(loss_module, "BLOCK", each)
+        images, texts = (f.requires_grad_(True) for f in features(4))
+        scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        loss = info_nce(images, texts, scale, same_rows(ids))
+        results.append([loss, *torch.autograd.grad(loss, [images, texts, scale])])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+
+
+def test_a_large_batch_never_holds_all_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches memory that grows with the square of the batch: no tensor kept for backward has more than N D numbers."""
+    monkeypatch.setattr(loss_module, "BLOCK", 64)
+    images, texts = (f.requires_grad_(True) for f in features(4, n=64, d=4))
+    positives, sizes = torch.eye(64, dtype=torch.bool), []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(0 if tensor.untyped_storage().data_ptr() == storage else tensor.numel())
+        return tensor
+
+    storage = positives.untyped_storage().data_ptr()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        info_nce(images, texts, 2.0, positives)
+    assert 0 < max(sizes) <= 64 * 4
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 12))
 @settings(max_examples=25, deadline=None)
 def test_swapping_images_and_texts_changes_nothing(seed: int, n: int) -> None:
-    """Catches a one-way loss (image to text alone), as in few-shot CLIP code."""
+    """Catches a loss of one direction only (image to text), as in few-shot CLIP code."""
     images, texts = features(seed, n)
     assert info_nce(images, texts, 3.0).item() == pytest.approx(info_nce(texts, images, 3.0).item(), abs=1e-12)
 
@@ -36,7 +82,7 @@ def test_swapping_images_and_texts_changes_nothing(seed: int, n: int) -> None:
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 12))
 @settings(max_examples=25, deadline=None)
 def test_the_order_of_the_pairs_does_not_matter(seed: int, n: int) -> None:
-    """Catches targets that are tied to row numbers other than the pair's own."""
+    """Catches targets at row numbers other than the pair's own."""
     images, texts = features(seed, n)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     assert info_nce(images[order], texts[order], 3.0).item() == pytest.approx(info_nce(images, texts, 3.0).item())
@@ -52,23 +98,23 @@ def test_equals_the_loss_of_transformers() -> None:
     assert info_nce(images, texts, scale).item() == pytest.approx(expected.item(), rel=1e-7)
 
 
-def test_goes_to_zero_as_aligned_features_sharpen() -> None:
-    """Catches a scale that divides, and a loss with a floor."""
+def test_aligned_features_have_a_loss_near_zero_at_a_high_scale() -> None:
+    """Catches a scale that divides instead of multiplying, and a loss that cannot reach 0."""
     aligned = torch.eye(6)
     losses = [info_nce(aligned, aligned, math.log(scale)).item() for scale in (1, 10, 100)]
     assert losses[0] > losses[1] > losses[2] and losses[2] < 1e-6
 
 
-def test_a_repeated_caption_is_right_for_both_its_images() -> None:
-    """Catches duplicates punished as negatives: with them a perfect model could never reach 0."""
-    images = torch.eye(4)[[0, 0, 1, 2]]  # rows 0 and 1 show and say the same
+def test_a_repeated_caption_is_a_positive_for_both_its_images() -> None:
+    """Catches duplicates as negatives: a perfect model could never reach a loss of 0."""
+    images = torch.eye(4)[[0, 0, 1, 2]]  # rows 0 and 1 have the same image and the same caption
     positives = same_rows(torch.tensor([5, 5, 6, 7]))
     assert info_nce(images, images, math.log(100)).item() == pytest.approx(math.log(2) / 2, rel=1e-5)
     assert info_nce(images, images, math.log(100), positives).item() < 1e-6
 
 
 def test_multi_positives_by_hand() -> None:
-    """Catches a mean outside the logarithm where the sum belongs inside it. Two images, both right for caption 0."""
+    """Catches a mean outside the logarithm where a sum inside it belongs. Caption 0 is a positive of both images."""
     images, texts = torch.eye(2), torch.eye(2)
     positives = torch.tensor([[True, False], [True, True]])
     e = math.e
@@ -79,27 +125,27 @@ def test_multi_positives_by_hand() -> None:
 
 
 def test_the_diagonal_as_positives_is_the_plain_loss() -> None:
-    """Catches two code paths that drift apart."""
+    """Catches a default that is not the diagonal."""
     images, texts = features(1)
     plain = info_nce(images, texts, 3.0)
     assert info_nce(images, texts, 3.0, torch.eye(8, dtype=torch.bool)).item() == pytest.approx(plain.item(), rel=1e-12)
 
 
-def test_gradient_is_right() -> None:
-    """Catches a detach or an in-place change on the way."""
+def test_the_gradient_equals_finite_differences() -> None:
+    """Catches a detached tensor or an in-place change on the way."""
     images, texts = (f[:4].requires_grad_(True) for f in features(2))
     scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     positives = same_rows(torch.tensor([0, 1, 1, 2]))
     assert torch.autograd.gradcheck(lambda i, t, s: info_nce(i, t, s, positives), (images, texts, scale))
 
 
-def test_rows_agree_by_caption_or_by_picture() -> None:
-    """Catches 'and' for 'or': the same picture under two captions is a positive as well."""
+def test_pairs_with_the_same_caption_or_the_same_image_are_positives() -> None:
+    """Catches "and" for "or"."""
     same = same_rows(torch.tensor([0, 0, 1]), torch.tensor([4, 5, 5]))
     assert same.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
 
 
-def test_shapes_that_do_not_fit_are_named() -> None:
+def test_shapes_that_do_not_match_are_refused() -> None:
     """Catches silent broadcasting of a batch of images against one caption."""
     with pytest.raises(ValueError, match=r"\(8, 16\).*\(1, 16\)"):
         info_nce(features(0)[0], features(0, n=1)[0], 1.0)

@@ -14,7 +14,7 @@ from clip_medical.config import Config
 from clip_medical.data.batches import Batch, Epoch, Pairs
 from clip_medical.data.processor import Processor
 from clip_medical.data.splits import Split
-from clip_medical.model import Clip
+from clip_medical.model import Clip, place
 from clip_medical.training.loss import Loss, info_nce, same_rows
 from clip_medical.training.trainer import Trainer
 from lora import LoRALinear, adapter_parameters, inject
@@ -28,6 +28,7 @@ def small_clip(
     attention_dropout: float = 0.0,
     encoder: str = "auto",
     layer: type[LoRALinear] = LoRALinear,
+    dtype: torch.dtype = torch.float32,
 ) -> Clip:
     """A CLIP of two layers a tower, 16 features, adapters with random A and B, trainable logit_scale, in train mode."""
     torch.manual_seed(0)
@@ -41,6 +42,7 @@ def small_clip(
     image_processor: Any = SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     processor = Processor(tokenizer, image_processor, config)
     clip = Clip(CLIPModel(config), processor, "small", requested_encoder=encoder)
+    place(clip.model, "cpu", dtype)
     inject(clip.model, rank=4, dropout=dropout, layer=layer)
     for parameter in adapter_parameters(clip.model):
         torch.nn.init.normal_(parameter, std=0.1)  # with B = 0, A would have no gradient to compare
@@ -49,17 +51,17 @@ def small_clip(
     return clip
 
 
-def random_pairs() -> Pairs:
-    """N pairs of random pixels and tokens. Rows 2 and 7 have the same caption, rows 3 and 15 the same image."""
+def random_pairs(count: int = N) -> Pairs:
+    """Pairs of random pixels and tokens. Rows 2 and 7 have the same caption, rows 3 and 15 the same image."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(3, 20, (N,), generator=generator)
-    tokens = torch.randint(0, 48, (N, 20), generator=generator)
-    pixels = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    lengths = torch.randint(3, 20, (count,), generator=generator)
+    tokens = torch.randint(0, 48, (count, 20), generator=generator)
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
     tokens[7], lengths[7], pixels[15] = tokens[2], lengths[2], pixels[3]
     tokens = tokens.where(torch.arange(20) < lengths[:, None] - 1, END)
-    caption_ids, image_ids = torch.arange(N), torch.arange(N)
+    caption_ids, image_ids = torch.arange(count), torch.arange(count)
     caption_ids[7], image_ids[15] = 2, 3
-    names = [f"image {row}" for row in range(N)]
+    names = [f"image {row}" for row in range(count)]
     return Pairs(pixels, tokens, lengths, caption_ids, image_ids, Split(names, names, {}, no_image, names))
 
 
@@ -118,6 +120,6 @@ def sigmoid_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, positives: 
 
 def small_trainer(folder: Path, config: Config, clip: Clip | None = None, loss: Loss = info_nce) -> Trainer:
     """A trainer of the small CLIP on the random pairs, which are its validation pairs too."""
-    clip = clip or small_clip(config.dropout)
+    clip = clip or small_clip(config.dropout, encoder=config.encoder)
     torch.manual_seed(config.seed)
     return Trainer(clip, random_pairs(), random_pairs(), config, folder, loss)
