@@ -1,8 +1,7 @@
 """Settings of the whole test run. The environment is set before anything of the project is imported.
 
-No test reads or fills the user's own image cache, and none uses the network: tests of the Hub talk to a local server
-(stand_in_hub.py). All tests run on the CPU, which the expected numbers come from, except the processes that test_gpu.py
-starts.
+No test reads or fills the user's own image cache. All tests run on the CPU, which the expected numbers come from,
+except the processes that test_gpu.py starts.
 """
 
 import os
@@ -18,9 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TQDM_DISABLE"] = "1"
-# Offline mode would also refuse the local server, so the default Hub is an address that nothing listens on instead.
-os.environ.pop("HF_HUB_OFFLINE", None)
-os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ.pop("HF_HUB_OFFLINE", None)  # offline mode would refuse the local server of stand_in_hub.py too
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ TEST_LAYER, TEST_INJECT, TEST_FILE = "lora/test_layer.py::", "lora/test_inject.p
 LOSS, GRAD_CACHE = "clip_medical/training/loss.py", "clip_medical/training/grad_cache.py"
 TEST_LOSS, TEST_GRAD_CACHE = "training/test_loss.py::", "training/test_grad_cache.py::"
 OPTIMIZER, TRAINER = "clip_medical/training/optimizer.py", "clip_medical/training/trainer.py"
-TEST_OPTIMIZER, TEST_TRAIN = "training/test_optimizer.py::", "test_train.py::"
-FLIGHT_CHECK = "clip_medical/training/flight_check.py"
+TEST_OPTIMIZER, TEST_TRAINER = "training/test_optimizer.py::", "training/test_trainer.py::"
+FLIGHT_CHECK, TEST_FLIGHT_CHECK = "clip_medical/training/flight_check.py", "training/test_flight_check.py::"
 MODEL, PROCESSOR, RUN_FOLDER = "clip_medical/model.py", "clip_medical/data/processor.py", "clip_medical/run_folder.py"
 PACKED, CHECK = "clip_medical/fast/packed.py", "clip_medical/fast/check.py"
 EQUAL_TO_REFERENCE = "fast/test_parity.py::test_features_and_gradients_equal_the_reference"
@@ -61,9 +61,6 @@ MUTANTS = [
     Mutant("A starts at zero, as B does", "both gradients are zero and nothing is learned",
            LAYER, "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))", "nn.init.zeros_(self.lora_A)",
            TEST_LAYER + "test_A_has_no_gradient_at_the_first_step_and_some_at_the_second"),
-    Mutant("A is initialised with the gain of a = 0", "updates are 2.4 times as large as in PEFT",
-           LAYER, "a=math.sqrt(5)", "a=0",
-           TEST_LAYER + "test_entries_of_A_are_bounded_by_one_over_sqrt_in"),
     Mutant("alpha is not divided by r", "each rank needs another learning rate",
            LAYER, "self.alpha / (math.sqrt(rank) if rslora else rank)", "self.alpha",
            TEST_LAYER + "test_forward_is_the_formula"),
@@ -87,7 +84,7 @@ MUTANTS = [
     Mutant("targets match as substrings", "layers are adapted that nobody chose",
            INJECT, "if target in wanted and (inside", "if any(w in target for w in wanted) and (inside",
            TEST_INJECT + "test_names_are_matched_whole_and_returned_in_module_order"),
-    Mutant("the base is not frozen", "all weights are trained, and lost with the adapter file",
+    Mutant("the base is not frozen", "all weights are trained, and the adapter file holds A and B only",
            INJECT, "    model.requires_grad_(False)  #", "    pass  #",
            TEST_INJECT + "test_everything_but_the_adapters_is_frozen"),
     # The adapter file
@@ -107,7 +104,7 @@ MUTANTS = [
     Mutant("image-to-text loss counted twice, text-to-image not at all", "text queries are not trained",
            LOSS, "text_to_image = (scale * text_features, image_features, positives.T)", "text_to_image = image_to_text",
            TEST_LOSS + "test_swapping_images_and_texts_changes_nothing"),
-    Mutant("pairs with an equal caption are negatives", "the model is punished for correct matches",
+    Mutant("pairs with an equal caption are negatives", "correct matches are penalised",
            LOSS, ".any(dim=0)", ".all(dim=0)",
            TEST_LOSS + "test_pairs_with_the_same_caption_or_the_same_image_are_positives"),
     Mutant("mean over the positives outside the logarithm", "a perfect model keeps a loss above 0",
@@ -136,14 +133,17 @@ MUTANTS = [
            OPTIMIZER, '        self.adamw.load_state_dict(state["adamw"])\n', "",
            TEST_OPTIMIZER + "test_a_loaded_state_continues_like_the_original"),
     Mutant("the flight check accepts missing gradients", "hours of training change nothing",
-           FLIGHT_CHECK, 'f"{name}.lora_B" not in reached', "False",
-           TEST_TRAIN + "test_the_flight_check_stops_a_run_that_cannot_learn"),
-    Mutant("the flight check accepts gradients in frozen weights", "the saved adapter is not what was trained",
+           FLIGHT_CHECK, ' for name in layers if f"{name}.lora_B" not in reached]', " for name in ()]",
+           TEST_FLIGHT_CHECK + "test_a_layer_without_gradient_is_named"),
+    Mutant("the flight check accepts gradients in frozen weights", "the adapter file lacks a part of what was trained",
            FLIGHT_CHECK, "sorted(reached & frozen)", "[]",
-           TEST_TRAIN + "test_the_flight_check_stops_a_run_that_cannot_learn"),
+           TEST_FLIGHT_CHECK + "test_a_gradient_in_a_frozen_weight_is_named"),
     Mutant("fp16 steps are skipped without end", "a run ends untrained without an error",
            TRAINER, " and optimizer.scaler.get_scale() <= 1:", " and not optimizer.scaler.is_enabled():",
-           TEST_TRAIN + "test_fp16_does_not_skip_steps_for_ever"),
+           TEST_TRAINER + "test_fp16_does_not_skip_steps_forever"),
+    Mutant("the random state is not restored", "a resumed run ends with other weights",
+           TRAINER, '        restore(state["random"][distributed.rank() % len(state["random"])])\n', "",
+           TEST_TRAINER + "test_a_stopped_run_continues_to_the_bit"),
     # Model and encoders
     Mutant("features are not normalised", "cosine similarities above 1, wrong rankings",
            MODEL, "return F.normalize(self.encoder.image(self.model, self.normalised(pixels)).float(), dim=-1)",
@@ -170,7 +170,7 @@ MUTANTS = [
     Mutant("fast encoder: captions that share a token but no prefix share its row", "a caption gets words of another",
            PACKED, "(ids[1:] == ids[:-1]).cumprod(dim=1) == 0", "ids[1:] != ids[:-1]",
            EQUAL_TO_REFERENCE),
-    Mutant("the encoder check runs with B = 0", "an edited LoRA layer is ignored by the fast encoder",
+    Mutant("the encoder check runs with B = 0", "an error in the branch stays unnoticed",
            CHECK, "layer.lora_B.add_(0.05 * torch", "layer.lora_B.add_(0 * torch",
            "fast/test_check.py::test_an_edit_of_the_layer_is_seen"),
     Mutant("the encoder check compares no gradients", "correct features, but wrong training",
@@ -183,13 +183,10 @@ MUTANTS = [
     # Data
     Mutant("a resumed run starts the epoch anew", "some pairs are seen twice, others never",
            BATCHES, "first = start % batches_per_epoch if", "first = 0 if",
-           TEST_BATCHES + "test_any_position_is_found_again"),
-    Mutant("equal fragments are negatives of each other", '"CT" of one image is wrong for another CT',
+           TEST_BATCHES + "test_rows_continue_at_any_position"),
+    Mutant("equal fragments are negatives of each other", '"CT" counts as wrong for another CT image',
            BATCHES, "[*ids, equal_texts]", "ids",
            TEST_FRAGMENTS + "test_equal_fragments_are_positives_of_each_other"),
-    Mutant("fragments cut words in two", 'the model learns "rad" instead of "radiograph"',
-           FRAGMENTS, "inner & ends_word[tokens]", "inner",
-           TEST_FRAGMENTS + "test_words_are_never_cut"),
     Mutant("the cache key ignores the files", "old pixels are used after an image has changed",
            CACHE, "json.dumps([FORMAT, size, split.origins])", "json.dumps([FORMAT, size, len(split.origins)])",
            "data/test_cache.py::test_the_key_changes_with_the_pixels"),
@@ -219,7 +216,7 @@ MUTANTS = [
            RETRIEVAL, "keys, caption = np.unique(caption_ids.numpy(), return_inverse=True)",
            "keys = caption = np.arange(len(caption_ids))",
            TEST_RETRIEVAL + "test_same_caption_is_a_positive"),
-    Mutant("captions of one image are resampled apart", "confidence intervals too narrow",
+    Mutant("captions of one image are resampled independently", "confidence intervals too narrow",
            RETRIEVAL, "_mean(metric(rank), group,", "_mean(metric(rank), None,",
            TEST_RETRIEVAL + "test_captions_of_one_image_are_resampled_together"),
     Mutant("dropout is on during evaluation", "noisy features and recall too low",
@@ -228,7 +225,7 @@ MUTANTS = [
     Mutant("argmax on ties", "accuracy too high: constant scores predict the first class",
            CLASSIFICATION, "p[rows, true] > rivals", "p[rows, true] >= rivals",
            TEST_CLASSIFICATION + "test_uninformative_scores_have_no_accuracy"),
-    Mutant("AUROC counts ties for the model", "AUROC above 0.5 for constant scores",
+    Mutant("AUROC counts ties for the model", "AUROC too high: 1 for constant scores",
            CLASSIFICATION, "negatives.cumsum() - negatives / 2", "negatives.cumsum()",
            TEST_CLASSIFICATION + "test_auroc_equals_scikit_learn"),
     Mutant("calibration error not weighted by bin size", "a few rare predictions decide the error",
@@ -239,7 +236,7 @@ MUTANTS = [
            ZERO_SHOT, "torch.logsumexp(scale * cosines, dim=2)", "(scale * cosines).mean(dim=2)",
            TEST_ZERO_SHOT + "test_probabilities_of_groups_are_added"),
     Mutant("learning rates are selected on the pairs they were trained on", "the rate that overfits most wins",
-           "experiments/variants.py", "fit(bench, variant, lr, train)", "fit(bench, variant, lr, order)",
+           "experiments/ablation.py", "fit(bench, variant, lr, train)", "fit(bench, variant, lr, order)",
            "experiments/test_ablation.py::test_held_back_pairs_are_not_trained_on"),
     # Runs and exports
     Mutant("the base of an adapter is not checked", "an adapter is applied to weights it was not trained on",
@@ -280,7 +277,7 @@ def misfits(mutants: Sequence[Mutant] = MUTANTS) -> list[str]:
     return messages
 
 
-def failing_test(copies: "Queue[Path]", tests: Sequence[str], mutant: Mutant | None = None) -> str:
+def failing_test(copies: Queue[Path], tests: Sequence[str], mutant: Mutant | None = None) -> str:
     """Run tests in a copy of the project, with a mistake if one is given. Returns the test that fails, "" if none."""
     copy = copies.get()
     try:

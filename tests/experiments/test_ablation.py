@@ -14,7 +14,19 @@ from clip_medical.config import Config
 from clip_medical.data.batches import Pairs
 from clip_medical.model import Clip
 from experiments import ablation
-from experiments.ablation import FULL, LINEAR, UNADAPTED, Ablation, Bench, Variant, choose_lr, difference, fit, variants
+from experiments.ablation import (
+    FULL,
+    LINEAR,
+    UNADAPTED,
+    Ablation,
+    Bench,
+    Variant,
+    choose_lr,
+    difference,
+    fit,
+    loss_on,
+    variants,
+)
 from tests.experiments.tools import Command, results
 
 
@@ -33,7 +45,7 @@ def test_trainable_parameters_of_each_variant(bench: Bench) -> None:
     chosen = variants(Config(), (1, 8))
     assert len({variant.name for variant in chosen}) == 7
     for variant in chosen:
-        model = fit(bench._replace(config=Config(steps=0)), variant, 1e-3, torch.arange(20)).model
+        model = fit(bench._replace(config=Config()), variant, 1e-3, torch.arange(20)).model
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         if variant.name == LINEAR:
             assert trainable == {"visual_projection.weight", "text_projection.weight"}
@@ -84,11 +96,11 @@ def test_held_back_pairs_are_not_trained_on(bench: Bench, monkeypatch: pytest.Mo
 def test_rates_are_tried_until_the_best_lies_between_two(
     best: float, tried: list[float], bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches the lowest or highest of a few rates taken for the best, a search without end, and a NaN loss that
-    counts as the lowest."""
+    """Catches the lowest or highest of a few rates taken for the best, and a search without end."""
 
     def loss_on(pairs: Pairs, rows: Tensor, lr: float) -> float:
-        return abs(math.log(lr / best)) if lr != 0.5 or best == 0.4 else math.nan
+        failed = math.isnan(best) or (lr == 0.5 and best != 0.4)
+        return math.inf if failed else abs(math.log(lr / best))
 
     monkeypatch.setattr(ablation, "fit", lambda bench, variant, lr, rows: lr)
     monkeypatch.setattr(ablation, "loss_on", loss_on)
@@ -96,6 +108,14 @@ def test_rates_are_tried_until_the_best_lies_between_two(
     assert list(chosen["losses"]) == [f"{lr:.2g}" for lr in tried]
     assert chosen["lr"] == (tried[0] if math.isnan(best) else min(tried, key=lambda lr: abs(math.log(lr / best))))
     assert chosen["at the edge"] == (chosen["lr"] in (tried[0], tried[-1]))
+
+
+def test_a_loss_that_is_not_a_number_is_the_worst(bench: Bench) -> None:
+    """Catches a diverged training whose NaN loss counts as the lowest."""
+    clip = load_clip()
+    assert 0 < loss_on(bench.train, torch.arange(8), clip) < 10
+    clip.model.visual_projection.weight.data.fill_(torch.nan)
+    assert loss_on(bench.train, torch.arange(8), clip) == math.inf
 
 
 Fit = Callable[..., Clip]
@@ -124,7 +144,7 @@ def test_an_interrupted_ablation_continues(
     fitted: list[str] = []
 
     def interrupted_at_full(bench: Bench, variant: Variant, lr: float, rows: Tensor) -> Clip:
-        if variant.name == FULL:
+        if variant.name == FULL and len(rows) == len(bench.train):  # its learning rate was selected
             raise KeyboardInterrupt
         return small(bench, variant, lr, rows)
 
@@ -161,7 +181,8 @@ def test_an_interrupted_ablation_continues(
 
 def test_differences_are_paired() -> None:
     """Catches the interval of two independent samples: equal models on the same pairs differ by nothing."""
-    pairs, one = Pairs(*[torch.arange(100)] * 5), {"recall": {"hits": "02" * 50}}
+    number = torch.arange(100)
+    pairs, one = Pairs(number, number, number, number, number), {"recall": {"hits": "02" * 50}}
     same = difference(pairs, one, one)
     assert same["value"] == 0 and 0 < same["high"] == -same["low"] < 0.04
     better = difference(pairs, {"recall": {"hits": "12" * 50}}, one)

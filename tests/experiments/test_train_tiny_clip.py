@@ -55,7 +55,7 @@ def test_the_tokenizer_has_a_token_for_every_text() -> None:
 
 @pytest.mark.slow
 def test_both_phases_write_a_model_that_load_clip_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a second phase that trains the image encoder or no weights, and a model without its command and losses."""
+    """Catches a second phase that trains the image encoder or nothing, and a model without its command and losses."""
     weights: list[dict[str, Tensor]] = []
 
     def observed(clip: Clip, *arguments: Any) -> float:
