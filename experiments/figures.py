@@ -69,6 +69,9 @@ def memory_curve(curve: dict[str, Any], file: Path) -> None:
         colour = ACCENT if key == "plain" else ADAPTED
         batches, peaks = [row["batch"] for row in curve[key]], [row["peak"] / 2**30 for row in curve[key]]
         axes.plot(batches, peaks, style, color=colour, label=label)
+    grows = [sum(row[key] for key in ("features", "logits", "pixels")) / 2**30 for row in curve["in chunks"]]
+    label = "smallest batch, and the growth of features, logits and pixels"
+    axes.plot(batches, [peaks[0] + g - grows[0] for g in grows], ":", color="black", label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="pairs in the contrastive batch", ylabel="peak memory of a step (GiB)", ylim=(0, None))
