@@ -21,12 +21,13 @@ from clip_medical.config import Config, choose
 from clip_medical.data.batches import prepare
 from clip_medical.data.dataset import Data, data_fingerprint, load_data
 from clip_medical.errors import UserError
-from clip_medical.evaluation.report import as_text, environment, evaluate, table, write_report
+from clip_medical.evaluation.report import environment, evaluate, result_rows, write_report
+from clip_medical.evaluation.table import as_text, comparison
 from clip_medical.model import load_clip
 from clip_medical.run_folder import choose_folder, load_run, save_run
 from clip_medical.training import distributed
 from clip_medical.training.device import choose_device, choose_precision
-from clip_medical.training.logging import METRICS, waiting_share
+from clip_medical.training.logging import METRICS
 from clip_medical.training.loss import info_nce
 from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.trainer import Trainer
@@ -109,10 +110,12 @@ def report(trainer: Trainer, facts: dict[str, Any]) -> None:
     with disabled(clip.model):
         before = evaluate(clip, pairs, pairs.split)
     after = evaluate(clip, pairs, pairs.split)
-    print(f"\n{as_text(table(before.results, after.results))}")
+    print(f"\n{as_text(comparison(result_rows(before.results, after.results)))}")
     records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     losses = [record["loss"] for record in records]
-    last_loss, waiting = sum(losses[-20:]) / len(losses[-20:]), f"{waiting_share(records):.1%}"
+    last_loss = sum(losses[-20:]) / len(losses[-20:])
+    seconds = [1 / record["pairs_per_second"] for record in records]  # of a pair, and batches are of one size
+    waiting = f"{sum(s * r['waiting'] for s, r in zip(seconds, records, strict=True)) / sum(seconds):.1%}"
     measured = {"first loss": losses[0], "last loss": last_loss, "time spent waiting for data": waiting}
     facts["training"] = trainer.facts() | measured
     write_report(folder, facts, before, after, pairs.split, losses)

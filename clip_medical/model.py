@@ -80,18 +80,16 @@ class Clip:
 
     def encoder_choice(self, sample: Sample | None = None) -> Choice:
         """The encoder and the reason for it; with `sample`, chosen anew on these inputs."""
-        structure = self._structure()
+        # what the choice depends on, besides the numbers; the fast encoder itself replaces activation functions
+        structure = [
+            (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), "forward" in vars(m))
+            for name, m in self.model.named_modules()
+            if not name.endswith("activation_fn")
+        ]
         if self._choice is None or sample is not None or structure != self._chosen_for:
             self._choice = choose_encoder(self.model, self.requested_encoder, sample or self._random_sample())
-            self._chosen_for = self._structure()
+            self._chosen_for = structure
         return self._choice
-
-    def _structure(self) -> list[Any]:
-        """Layers and hooks of the model: what the choice of an encoder depends on, besides the numbers."""
-        return [
-            (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), "forward" in vars(m))
-            for m in self.model.modules()
-        ]
 
     def _random_sample(self) -> Sample:
         """Noise images and random captions of all lengths, two of them equal; all share the start token."""

@@ -116,21 +116,22 @@ def _place(model: nn.Module, layers: Mapping[str, Any], new: Mapping[nn.Module, 
     return list(layers)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRALinear layers of a model by dotted name, in module order, each once; empty if there are none."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALinear]:
+    """The LoRALinear layers of a model by dotted name, in module order, each once.
 
-
-def require_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """lora_layers(model), or LoRAError: an empty answer would let a second merge do nothing, and be believed."""
-    if layers := lora_layers(model):
-        return layers
-    raise LoRAError(f"{type(model).__name__} holds no LoRA layers: call inject(model) or load_adapter(model, folder)")
+    required: raise LoRAError if there are none. Empty, a second merge would do nothing and be believed.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if required and not layers:
+        raise LoRAError(
+            f"{type(model).__name__} holds no LoRA layers: call inject(model) or load_adapter(model, folder)"
+        )
+    return layers
 
 
 def remove(model: nn.Module) -> list[str]:
     """Put the original layers back, the same objects, never written to; the model stays frozen. Returns the names."""
-    layers = require_layers(model)
+    layers = lora_layers(model, required=True)
     return _place(model, layers, _build(model, layers, lambda layer: layer.base))
 
 
@@ -139,7 +140,7 @@ def merge(model: nn.Module) -> list[str]:
 
     Returns the names. Raises LoRAError, with the model untouched, if `merged` refuses a layer.
     """
-    layers = require_layers(model)
+    layers = lora_layers(model, required=True)
     return _place(model, layers, _build(model, layers, merged))
 
 
@@ -151,14 +152,14 @@ def set_strength(model: nn.Module, strength: float) -> None:
     """
     if not math.isfinite(strength):
         raise LoRAError(f"strength is {strength!r}, expected a finite number: 0 is the base model, 1 as trained")
-    for layer in require_layers(model).values():
+    for layer in lora_layers(model, required=True).values():
         layer.strength = float(strength)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the `with`, the model is exactly its base; after it, also after an exception, as it was before. Nests."""
-    before = {layer: layer.strength for layer in require_layers(model).values()}
+    before = {layer: layer.strength for layer in lora_layers(model, required=True).values()}
     for layer in before:
         layer.strength = 0.0
     try:
@@ -173,7 +174,11 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Of a subclass of LoRALinear also the parameters that it adds.
     """
-    return [parameter for layer in require_layers(model).values() for parameter in own_parameters(layer).values()]
+    return [
+        parameter
+        for layer in lora_layers(model, required=True).values()
+        for parameter in own_parameters(layer).values()
+    ]
 
 
 def own_parameters(layer: LoRALinear) -> dict[str, nn.Parameter]:

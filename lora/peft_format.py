@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .inject import apply_plan, check_plan, own_parameters, require_layers
+from .inject import apply_plan, check_plan, lora_layers, own_parameters
 from .layer import LoRAError, LoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -53,7 +53,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base_model: s
     """
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         raise LoRAError(f"found a {type(model).__name__}, expected the model inside: pass its ._orig_mod or .module")
-    layers = require_layers(model)
+    layers = lora_layers(model, required=True)
     found = sorted({(x.rank, x.alpha, x.dropout, x.rslora, x.strength) for x in layers.values()})
     rank, alpha, dropout, rslora, strength = found[0]
     kind = _check_kind(layers)
@@ -97,7 +97,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     _check_tensors(tensors, {key: tuple(parameter.shape) for key, parameter in expected.items()})
     names = apply_plan(model, plan, settings, kind)
     with torch.no_grad():
-        for key, parameter in _tensors(require_layers(model)).items():
+        for key, parameter in _tensors(lora_layers(model, required=True)).items():
             parameter.copy_(tensors[key])
     return names
 

@@ -25,6 +25,7 @@ from clip_medical.errors import UserError
 from clip_medical.model import Clip
 from clip_medical.run_folder import choose_folder
 from clip_medical.training import trainer as trainer_module
+from tests.encoders import ENCODERS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--no-train-logit-scale", "--limit", "40", "--batch-size", "16", "--seed", "1"]
@@ -115,8 +116,7 @@ def test_the_same_seed_trains_the_same_weights(finished: Path, tmp_path: Path, m
     ("flags", "reported"),
     [
         (["--chunk-size", "5", "--checkpointing", "on"], "4 chunks of up to 5, with checkpointing"),
-        (["--encoder", "reference"], "encoder: reference"),
-        (["--encoder", "fast"], "encoder: fast"),
+        *((["--encoder", encoder], f"encoder: {encoder}") for encoder in ENCODERS),
     ],
 )
 def test_other_ways_to_compute_train_the_same(

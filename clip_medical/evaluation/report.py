@@ -20,12 +20,10 @@ from clip_medical.data.batches import Pairs
 from clip_medical.data.splits import Split
 from clip_medical.evaluation.encode import encode, evaluation_mode
 from clip_medical.evaluation.retrieval import retrieval_report
-from clip_medical.evaluation.table import Row, as_markdown, as_text, comparison, metric_rows, percent
+from clip_medical.evaluation.table import Row, as_markdown, comparison, metric_rows
 from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip
 from clip_medical.run_folder import write_text
-
-__all__ = ["as_markdown", "as_text", "environment", "evaluate", "example_queries", "percent", "table", "write_report"]
 
 WAYS = {"image_to_text": "image -> text", "text_to_image": "text -> image"}
 FOOTNOTE = """Brackets are 95 % bootstrap intervals. Recall is over the whole pool of n validation images or captions.
@@ -83,24 +81,17 @@ def environment() -> dict[str, str]:
     }
 
 
-def result_rows(models: dict[str, dict[str, Any]]) -> tuple[list[Row], list[Row]]:
-    """Make the rows of retrieval and of zero-shot accuracy. models: model -> the results of its `Evaluation`."""
-    retrieval: list[Row] = []
+def result_rows(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
+    """Make a row of every retrieval metric and every zero-shot accuracy of two evaluations' results."""
+    rows: list[Row] = []
     for way, arrow in WAYS.items():
-        reports = {model: results["retrieval"][way] for model, results in models.items()}
-        retrieval += metric_rows(arrow, reports, reports["adapted"]["pool"])
-    zero_shot = []
-    for facet, report in models["adapted"]["zero_shot"].items():
-        reports = {model: results["zero_shot"][facet] for model, results in models.items()}
+        reports = {"unadapted": before["retrieval"][way], "adapted": after["retrieval"][way]}
+        rows += metric_rows(arrow, reports, reports["adapted"]["pool"])
+    for facet, report in after["zero_shot"].items():
+        reports = {"unadapted": before["zero_shot"][facet], "adapted": report}
         accuracies = {model: report | {"value": report["accuracy"]} for model, report in reports.items()}
-        zero_shot.append(Row(f"zero-shot {facet}, {len(report['classes'])} classes", accuracies, report["n"]))
-    return retrieval, zero_shot
-
-
-def table(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
-    """Format the results of two evaluations as text, heading first: every retrieval metric, then zero-shot accuracy."""
-    retrieval, zero_shot = result_rows({"unadapted": before, "adapted": after})
-    return comparison(retrieval + zero_shot)
+        rows.append(Row(f"zero-shot {facet}, {len(report['classes'])} classes", accuracies, report["n"]))
+    return rows
 
 
 def write_report(
@@ -113,9 +104,10 @@ def write_report(
     from clip_medical.evaluation import plots  # matplotlib takes a second to import, and only a report needs it
 
     figures, results = folder / "figures", {"unadapted": before.results, "adapted": after.results}
-    retrieval, zero_shot = result_rows(results)
+    rows = result_rows(before.results, after.results)
+    zero_shot = [row for row in rows if row.name.startswith("zero-shot")]
     plots.loss_curve(losses, facts["training"].get("chance level"), figures / "loss.png")
-    plots.share_bars(retrieval, "%, with 95 % interval", figures / "recall.png")
+    plots.share_bars([row for row in rows if row not in zero_shot], "%, with 95 % interval", figures / "recall.png")
     if zero_shot:
         plots.share_bars(zero_shot, "accuracy (%), with 95 % interval", figures / "zero_shot.png")
     queries = example_queries(split)
@@ -126,7 +118,7 @@ def write_report(
     plots.search_grid([text for text, _ in queries], hits, len(split), figures / "search.png")
 
     write_text(folder / "report.json", json.dumps(facts | results, indent=2) + "\n")
-    sections = ["# Before and after adaptation", as_markdown(comparison(retrieval + zero_shot)), FOOTNOTE]
+    sections = ["# Before and after adaptation", as_markdown(comparison(rows)), FOOTNOTE]
     headings = {"loss": "Loss", "recall": "Retrieval", "zero_shot": "Zero-shot classification", "search": "Text search"}
     for name, heading in headings.items():
         if (figures / f"{name}.png").is_file():

@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from clip_medical.evaluation.report import FOOTNOTE, table
-from clip_medical.evaluation.table import as_markdown
+from clip_medical.evaluation.report import FOOTNOTE, result_rows
+from clip_medical.evaluation.table import as_markdown, comparison
 
 TEMPLATE = Path(__file__).with_name("card.md")
 REPOSITORY = "user/name"  # placeholder in the snippets until --push gives the name of the repository
@@ -39,7 +39,7 @@ def model_card(to: str, report: dict[str, Any], checks: list[str]) -> ModelCard:
         license=licence,
         language="en",
     )
-    results = as_markdown(table(report["unadapted"], report["adapted"]))
+    results = as_markdown(comparison(result_rows(report["unadapted"], report["adapted"])))
     facts: Any = dict(to=to, data=data, report=report, checks=checks, repository=REPOSITORY, footnote=FOOTNOTE)
     card: ModelCard = ModelCard.from_template(metadata, template_path=str(TEMPLATE), results=results, **facts)
     return card

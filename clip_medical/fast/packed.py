@@ -68,12 +68,21 @@ def packed_attention(
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if packing is IMAGES:
-        return attend(query, key, value, options["scaling"], module.training).transpose(1, 2), None
-    captions = len(packing.valid)
-    query, key, value = (unpack(rows[0].transpose(0, 1), packing.gather, captions) for rows in (query, key, value))
-    mixed = attend(query, key, value, options["scaling"], module.training, causal=True)
-    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, packing.scatter)[None], None
+    causal, scale = packing is not IMAGES, options["scaling"]
+    if causal:
+        captions = len(packing.valid)
+        query, key, value = (unpack(x[0].transpose(0, 1), packing.gather, captions) for x in (query, key, value))
+    if module.training and query.device.type == "cpu" and query.dtype.itemsize == 2:
+        # The backward pass of torch's fused kernel takes six times as long in half precision on a CPU.
+        scores = (scale * query) @ key.mT
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        mixed = scores.softmax(dim=-1) @ value
+    else:
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    mixed = mixed.transpose(1, 2)  # (N, L, heads, d)
+    return (mixed.flatten(0, 1).index_select(0, packing.scatter)[None] if causal else mixed), None
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -89,18 +98,6 @@ def unpack(rows: Tensor, gather: Tensor, captions: int) -> Tensor:
     wide = rows if rows.device.type == "cpu" else rows.float()
     padded: Tensor = wide.index_select(0, gather).to(rows.dtype).unflatten(0, (captions, -1))
     return padded.transpose(1, 2)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, training: bool, causal: bool = False) -> Tensor:
-    """softmax(scale * Q K^T) V for (n, heads, L, d)."""
-    if not training or query.device.type != "cpu" or query.dtype.itemsize > 2:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
-    # The backward pass of torch's fused kernel takes six times as long in half precision on a CPU.
-    scores = (scale * query) @ key.mT
-    if causal:
-        future = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    return scores.softmax(dim=-1) @ value
 
 
 class QuickGELU(nn.Module):

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +61,6 @@ def _summary_writer(folder: Path, done: int) -> Any:
     except ImportError:
         raise UserError("TensorBoard is not installed. pip install tensorboard, or leave out --tensorboard.") from None
     return SummaryWriter(folder / "tensorboard", purge_step=done + 1)
-
-
-def waiting_share(records: Sequence[dict[str, Any]]) -> float:
-    """The share of the training time that was spent waiting for data; records: the lines of metrics.jsonl."""
-    seconds = [1 / record["pairs_per_second"] for record in records]  # of a pair, and batches are of one size
-    waiting: float = sum(s * r["waiting"] for s, r in zip(seconds, records, strict=True))
-    return waiting / sum(seconds)
 
 
 class StopRequest:

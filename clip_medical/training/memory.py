@@ -80,22 +80,15 @@ def activation_bytes(clip: Clip, epoch: Epoch, checkpointing: bool) -> float:
     clip.set_checkpointing(checkpointing)
     state, by_length = random_state(clip.device), epoch.pairs.lengths.argsort()
     batch = epoch.batch(by_length[torch.linspace(0, len(by_length) - 1, TRIAL).long()])
-    saved = dict[int, int]()  # storage -> bytes: tensors that share a storage count once
-
-    def count(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    for parameter in clip.model.parameters():
-        count(parameter)
-    weights = sum(saved.values())
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        # kept until the end, so that no storage is reused while they are counted
-        outputs = [clip.image_features(batch.pixels)]
-        outputs += [clip.text_features(captions.tokens, captions.lengths) for captions in batch.captions]
+    saved = list[Tensor](clip.model.parameters())
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        clip.image_features(batch.pixels)
+        for captions in batch.captions:
+            clip.text_features(captions.tokens, captions.lengths)
     restore(state)
-    del outputs
-    return OVERHEAD[clip.device.type] * (sum(saved.values()) - weights) / TRIAL
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    weights = sum(p.untyped_storage().nbytes() for p in clip.model.parameters())
+    return OVERHEAD[clip.device.type] * (sum(storages.values()) - weights) / TRIAL
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clip_medical.evaluation import retrieval
-from clip_medical.evaluation.report import table
+from clip_medical.evaluation.report import result_rows
 from clip_medical.evaluation.retrieval import retrieval_report
 from clip_medical.evaluation.table import Row, as_markdown, as_text, comparison, metric_rows
 
@@ -20,7 +20,7 @@ def test_new_metric_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["text_to_image"]["ndcg@2"]["value"] == pytest.approx(expected, abs=1e-5)
     assert report["text_to_image"]["ndcg@2"]["chance"] == pytest.approx(expected, abs=1e-5)  # each rank once in three
     results = {"retrieval": report, "zero_shot": {}}
-    cells = {row[0]: row[1:] for row in table(results, results)}
+    cells = {row[0]: row[1:] for row in comparison(result_rows(results, results))}
     assert list(cells)[1:5] == [f"image -> text, {name}" for name in ("Recall@1", "MRR", "NDCG@2", "median rank")]
     assert cells["text -> image, NDCG@2"][2:] == ["54.4 %", "3"]
     assert cells["text -> image, median rank"] == ["2", "2", "2", "3"]

@@ -6,6 +6,7 @@ import torch
 from clip_medical.training.grad_cache import WHOLE, contrastive_backward, restore
 from clip_medical.training.loss import Loss, info_nce, same_rows
 from lora import adapter_parameters
+from tests.encoders import ENCODERS
 from tests.training.tools import (
     one_graph,
     relative_difference,
@@ -139,7 +140,7 @@ def test_the_adapter_may_be_in_one_tower_alone(tower: str, chunk_size: int) -> N
     assert all(p.grad is None for p in adapter_parameters(clip.model) if not p.requires_grad)
 
 
-@pytest.mark.parametrize("encoder", ["reference", "fast"])
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_an_exception_in_the_loss_is_not_hidden(encoder: str) -> None:
     """Catches a step that computes another loss instead of the one that fails."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from clip_medical.errors import UserError
-from clip_medical.training.logging import METRICS, Progress, StopRequest, waiting_share
+from clip_medical.training.logging import METRICS, Progress, StopRequest
 
 RECORD = {"step": 1, "loss": 2.5, "lr": 1e-3, "pairs_per_second": 9.0, "waiting": 0.1, "peak_gib": 1.0}
 
@@ -55,12 +55,6 @@ def test_missing_tensorboard_is_a_user_error(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         Progress(tmp_path, 0, 2, tensorboard=True)
-
-
-def test_the_waiting_share_is_a_share_of_time() -> None:
-    """Catches a mean over steps, in which a slow first step counts no more than a fast one."""
-    records = [{"pairs_per_second": 1.0, "waiting": 0.9}, {"pairs_per_second": 9.0, "waiting": 0.0}]
-    assert waiting_share(records) == pytest.approx(0.9 * 9 / 10)  # of 10 time units the first step takes 9
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
