@@ -37,8 +37,8 @@ def verify(model: CLIPModel, reference: Any, sample: Any) -> tuple[PackedEncoder
         try:
             for layer in lora_layers(model).values():
                 merged(layer)  # compares its forward with W x + b + delta_weight() x on random input
-        except LoRAError as error:
-            return None, f"LoRALinear was edited: {error}"
+        except LoRAError as edit:
+            return None, f"LoRALinear was edited: {edit}"
         expected = measure(model, reference, sample)
         exact = None
         if next(model.vision_model.parameters()).dtype.itemsize == 2:
@@ -54,12 +54,8 @@ def verify(model: CLIPModel, reference: Any, sample: Any) -> tuple[PackedEncoder
     return None, reason
 
 
-OURS = (
-    "torch.nn.modules.",
-    "transformers.",
-    "lora.layer",
-    "clip_medical.fast.packed",
-)  # where known layers are defined
+# where the layers that both encoders compute alike are defined
+OURS = ("torch.nn.modules.", "transformers.", "lora.layer", "clip_medical.fast.packed")
 
 
 def unsupported(model: CLIPModel) -> str:

@@ -88,7 +88,8 @@ def activation_bytes(clip: Clip, epoch: Epoch, checkpointing: bool) -> float:
     restore(state)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
     weights = sum(p.untyped_storage().nbytes() for p in clip.model.parameters())
-    return OVERHEAD[clip.device.type] * (sum(storages.values()) - weights) / TRIAL
+    activations: int = sum(storages.values()) - weights
+    return OVERHEAD[clip.device.type] * activations / TRIAL
 
 
 @contextmanager

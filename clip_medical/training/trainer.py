@@ -38,12 +38,6 @@ class Best:
     weights: list[Tensor] = field(default_factory=list)
     measured: int = 0  # number of measurements
 
-    def update(self, step: int, recall: float, weights: list[Tensor]) -> None:
-        """Keep `weights` if their recall is higher; of equals the earlier stays, which has been trained less."""
-        self.measured += 1
-        if recall > self.recall:
-            self.step, self.recall, self.weights = step, recall, weights
-
 
 class Trainer:
     """Train the adapter of a CLIP on image-caption pairs with a contrastive loss.
@@ -141,7 +135,10 @@ class Trainer:
         if distributed.rank() > 0:
             return None
         recall = validation_recall(self.clip, self.validation_pairs)
-        self.best.update(self.done, recall, self.optimizer.weights())
+        measured = self.best.measured + 1
+        if recall > self.best.recall:  # of equals the earlier stays, which has been trained less
+            self.best = Best(self.done, recall, self.optimizer.weights())
+        self.best.measured = measured
         return recall
 
     def _refuse(self, batch: Batch, what: str) -> NoReturn:
