@@ -17,7 +17,7 @@ Options = TypeVar("Options")
 
 
 def parse(kind: type[Options], arguments: list[str], command: str, default: Options | None = None) -> Options:
-    """Fill the dataclass `kind` from the command line: each field is a flag, the string below it is its help.
+    """Fill the dataclass `kind` from the command line: each field is a flag, the comment above it is its help.
 
     command  what stands before the flags, such as "python train.py demo"
     default  values of flags that are not given; without it, fields without a default are required

@@ -1,7 +1,7 @@
 """All settings of a training run in one frozen dataclass; the presets `demo` and `roco` are two values of it.
 
 The defaults suit images of your own: `choose` takes them where --data is given without a preset. The command line is
-generated from this file: each field is a flag, its type is checked, and the string below it is its help.
+generated from this file: each field is a flag, its type is checked, and the comment above it is its help.
 """
 
 from dataclasses import dataclass, replace
@@ -14,89 +14,89 @@ from clip_medical.errors import UserError
 class Config:
     """Adapt a CLIP to radiology with LoRA, and compare it with the unadapted model."""
 
+    # Training data: "phantoms" (synthetic), a folder of images with metadata.csv, a CSV, TSV or JSONL of image path
+    # and caption, Parquet, or a data set on the Hugging Face Hub. Given without a preset, the other flags have
+    # defaults for real images (--lr 2e-3, --epochs 14, --fragments 4, fixed temperature).
     data: str = "phantoms"
-    """Training data: "phantoms" (synthetic), a folder of images with metadata.csv, a CSV, TSV or JSONL of image path
-    and caption, Parquet, or a data set on the Hugging Face Hub. Given without a preset, the other flags have defaults
-    for real images (--lr 2e-3, --epochs 14, --fragments 4, fixed temperature)."""
+    # Commit, tag or branch of a data set on the Hub; default: its newest commit.
     revision: str | None = None
-    """Commit, tag or branch of a data set on the Hub; default: its newest commit."""
+    # The CLIP to adapt: "tiny-clip" (5.5 M parameters, bundled), a Hugging Face CLIP folder, or a name on the Hub
+    # such as openai/clip-vit-base-patch32.
     model: str = "tiny-clip"
-    """The CLIP to adapt: "tiny-clip" (5.5 M parameters, bundled), a Hugging Face CLIP folder, or a name on the Hub such
-    as openai/clip-vit-base-patch32."""
+    # Run folder to write; default: runs/PRESET, or the next free runs/PRESET-2, -3, ...
     output: str | None = None
-    """Run folder to write; default: runs/PRESET, or the next free runs/PRESET-2, -3, ..."""
+    # Column with the image; default: found by its common names.
     image_column: str | None = None
-    """Column with the image; default: found by its common names."""
+    # Column with the caption; default: found by its common names.
     caption_column: str | None = None
-    """Column with the caption; default: found by its common names."""
+    # Use at most this many rows of each split, drawn by seed; default: all.
     limit: int | None = None
-    """Use at most this many rows of each split, drawn by seed; default: all."""
 
+    # Rank r of the update B A. The number of trainable parameters is proportional to it.
     rank: int = 8
-    """Rank r of the update B A. The number of trainable parameters is proportional to it."""
+    # Numerator of the scaling alpha / rank of the update.
     alpha: float = 16.0
-    """Numerator of the scaling alpha / rank of the update."""
+    # Dropout probability on the input of A, during training.
     dropout: float = 0.0
-    """Dropout probability on the input of A, during training."""
+    # Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    # Names of the linear layers to adapt, in both towers.
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the linear layers to adapt, in both towers."""
 
+    # Pairs in a contrastive batch, over all processes together. Each pair is contrasted with all others.
     batch_size: int = 32
-    """Pairs in a contrastive batch, over all processes together. Each pair is contrasted with all others."""
+    # Pairs that a process encodes at a time; auto: as many as fit into memory. Loss and gradient stay those of the
+    # whole batch (cached gradients, Gao et al. 2021), for one more forward pass. Plain gradient accumulation is not
+    # offered: it would take away negatives.
     chunk_size: int | Literal["auto"] = "auto"
-    """Pairs that a process encodes at a time; auto: as many as fit into memory. Loss and gradient stay those of the
-    whole batch (cached gradients, Gao et al. 2021), for one more forward pass. Plain gradient accumulation is not
-    offered: it would take away negatives."""
+    # Fragments of each caption, a few of its first words, that are trained beside it, so that the text encoder learns
+    # short labels and queries too; the mean of their losses is added to that of the captions. 0: captions alone.
     fragments: int = 4
-    """Fragments of each caption, a few of its first words, that are trained beside it, so that the text encoder learns
-    short labels and queries too; the mean of their losses is added to that of the captions. 0: captions alone."""
+    # Rotate, shift and zoom each training image a little, differently in every epoch. Never mirrored: left and right
+    # matter.
     augment: bool = False
-    """Rotate, shift and zoom each training image a little, differently in every epoch. Never mirrored: left and right
-    matter."""
+    # Passes over the training pairs.
     epochs: int = 14
-    """Passes over the training pairs."""
+    # Optimizer steps; default: as many as `epochs` makes.
     steps: int | None = None
-    """Optimizer steps; default: as many as `epochs` makes."""
+    # Peak learning rate of the adapter (AdamW).
     lr: float = 2e-3
-    """Peak learning rate of the adapter (AdamW)."""
+    # Learning rate of B as a multiple of that of A (LoRA+, Hayou et al. 2024).
     lora_plus: float = 1.0
-    """Learning rate of B as a multiple of that of A (LoRA+, Hayou et al. 2024)."""
+    # AdamW's weight decay of A and B.
     weight_decay: float = 0.01
-    """AdamW's weight decay of A and B."""
+    # Warmup fraction: share of the steps with a linearly rising learning rate; cosine decay to 0 follows.
     warmup: float = 0.05
-    """Warmup fraction: share of the steps with a linearly rising learning rate; cosine decay to 0 follows."""
+    # Gradients of all adapters together are clipped to this norm.
     max_grad_norm: float = 1.0
-    """Gradients of all adapters together are clipped to this norm."""
+    # Train CLIP's temperature too (logit_scale, clamped to [0, ln 100]); default: the checkpoint's value.
     train_logit_scale: bool = False
-    """Train CLIP's temperature too (logit_scale, clamped to [0, ln 100]); default: the checkpoint's value."""
+    # Peak learning rate of logit_scale, where it is trained, without weight decay.
     logit_scale_lr: float = 1e-3
-    """Peak learning rate of logit_scale, where it is trained, without weight decay."""
+    # Train on the first batch alone: its loss must go to zero. The first thing to try when a run does not learn.
     overfit_batch: bool = False
-    """Train on the first batch alone: its loss must go to zero. The first thing to try when a run does not learn."""
 
+    # Dtype of the frozen weights; the adapter is always fp32. auto: fp32 on a CPU; on a GPU bf16 if it has bf16
+    # instructions, else fp16 with loss scaling.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Dtype of the frozen weights; the adapter is always fp32. auto: fp32 on a CPU; on a GPU bf16 if it has bf16
-    instructions, else fp16 with loss scaling."""
+    # reference: transformers' forward pass. fast: packed captions, the same numbers. auto: fast where a check at the
+    # start finds that it matches the reference.
     encoder: Literal["auto", "reference", "fast"] = "auto"
-    """reference: transformers' forward pass. fast: packed captions, the same numbers. auto: fast where a check at the
-    start finds that it matches the reference."""
+    # Gradient checkpointing: recompute activations in the backward pass instead of storing them; about a third
+    # slower, a tenth of the memory. auto: off where the batch fits without it.
     checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Gradient checkpointing: recompute activations in the backward pass instead of storing them; about a third
-    slower, a tenth of the memory. auto: off where the batch fits without it."""
+    # Measure recall on the validation pairs every this many steps and keep the best adapter; default: the last.
     validate_every: int | None = None
-    """Measure recall on the validation pairs every this many steps and keep the best adapter; default: the last."""
+    # Write the training curves for TensorBoard too, into OUTPUT/tensorboard.
     tensorboard: bool = False
-    """Write the training curves for TensorBoard too, into OUTPUT/tensorboard."""
+    # Minutes between two checkpoints for --resume; one is also written on Ctrl-C.
     checkpoint_every_minutes: float = 5.0
-    """Minutes between two checkpoints for --resume; one is also written on Ctrl-C."""
+    # Steps between two checkpoints, in addition to those by the minute; default: none.
     checkpoint_every_steps: int | None = None
-    """Steps between two checkpoints, in addition to those by the minute; default: none."""
+    # Seed of the split, the order of the pairs, the initial A and the phantoms.
     seed: int = 0
-    """Seed of the split, the order of the pairs, the initial A and the phantoms."""
+    # Continue the run in --output.
     resume: bool = False
-    """Continue the run in --output."""
 
     def __post_init__(self) -> None:
         smallest = {"batch_size": 2, "chunk_size": 1, "epochs": 1, "steps": 1, "limit": 2, "rank": 1, "fragments": 0,

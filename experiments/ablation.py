@@ -199,10 +199,10 @@ def table_rows(pairs: Pairs, rows: dict[str, dict[str, Any]], reference: str) ->
 class Ablation(Experiment):
     """LoRA of several ranks and places against a linear map and full fine-tuning, and what each of them forgets."""
 
+    # Optimizer steps of each variant. Default: those of the run.
     steps: int | None = None
-    """Optimizer steps of each variant. Default: those of the run."""
+    # Ranks of LoRA on q and v of both towers. The rank of the run is always included.
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Ranks of LoRA on q and v of both towers. The rank of the run is always included."""
 
     name = "ablation"
 

@@ -61,18 +61,18 @@ class Setup(NamedTuple):
 class Experiment:
     """The flags of every experiment, and the steps from the models to the results file."""
 
+    # Run folder of train.py, exported adapter or adapter on the Hub; its unadapted base is measured beside it.
     run: str | None = None
-    """Run folder of train.py, exported adapter or adapter on the Hub; its unadapted base is measured beside it."""
+    # Instead of --run, an unadapted CLIP alone: tiny-clip, a Hugging Face folder or a name on the Hub.
     model: str | None = None
-    """Instead of --run, an unadapted CLIP alone: tiny-clip, a Hugging Face folder or a name on the Hub."""
+    # Use the validation split of this data set, named as for train.py. Default: of the run's data, else phantoms.
     data: str | None = None
-    """Use the validation split of this data set, named as for train.py. Default: of the run's data, else phantoms."""
+    # Use at most this many validation pairs, sampled by --seed. Default: all.
     limit: int | None = None
-    """Use at most this many validation pairs, sampled by --seed. Default: all."""
+    # Folder for the results. Default: the run folder; with --model, experiments/results.
     output: str | None = None
-    """Folder for the results. Default: the run folder; with --model, experiments/results."""
+    # Seed of random samples and of the validation split of --data.
     seed: int = 0
-    """Seed of random samples and of the validation split of --data."""
 
     name: ClassVar[str]
 

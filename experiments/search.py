@@ -40,16 +40,16 @@ def items_of(split: Split, source: str, part: str) -> Iterator[Item]:
 class Search(Experiment):
     """Index images and search them by text or by image, before and after adaptation."""
 
+    # Index a folder of images, a data set as for train.py, or "validation": the validation images of the run.
     add: tuple[str, ...] = ()
-    """Index a folder of images, a data set as for train.py, or "validation": the validation images of the run."""
+    # Text query.
     text: str | None = None
-    """Text query."""
+    # Image query: an image file.
     image: str | None = None
-    """Image query: an image file."""
+    # Number of images to return; the figure shows the first 5.
     k: int = 5
-    """Number of images to return; the figure shows the first 5."""
+    # Folder of the index. Default: index/ in the folder for the results.
     index: str | None = None
-    """Folder of the index. Default: index/ in the folder for the results."""
 
     name = "search"
 

@@ -48,16 +48,16 @@ MISLABELLED = 0.7  # fraction of the phantoms that get another phantom's caption
 class Options:
     """Pretrain the tiny CLIP of the offline demo."""
 
+    # Number of training images of coloured shapes. A twentieth as many phantoms are added.
     scenes: int = 80_000
-    """Number of training images of coloured shapes. A twentieth as many phantoms are added."""
+    # Number of optimizer steps of both towers. The text encoder is trained for a quarter as many afterwards.
     steps: int = 2_400
-    """Number of optimizer steps of both towers. The text encoder is trained for a quarter as many afterwards."""
+    # Pairs per step.
     batch_size: int = 256
-    """Pairs per step."""
+    # Seed of the data, the initial weights and the order of the pairs.
     seed: int = 0
-    """Seed of the data, the initial weights and the order of the pairs."""
+    # Folder of the model.
     output: str = "clip_medical/assets/tiny-clip"
-    """Folder of the model."""
 
 
 def make_tokenizer(captions: list[str], vocabulary_size: int = 2048) -> CLIPTokenizer:

@@ -49,14 +49,14 @@ def facet_reports(clip: Clip, images: Tensor, labels: Labels, classes: Labels) -
 class ZeroShot(Experiment):
     """Zero-shot classification of the validation images, or of one image of yours, before and after adaptation."""
 
+    # Facet to classify. Default: every facet that has labels.
     facet: Literal["modality", "anatomy", "finding", "view"] | None = None
-    """Facet to classify. Default: every facet that has labels."""
+    # Classes of --facet to choose from. Only images with one of these labels count. Default: all classes.
     classes: tuple[str, ...] = ()
-    """Classes of --facet to choose from. Only images with one of these labels count. Default: all classes."""
+    # Image file to classify, instead of labelled data.
     image: str | None = None
-    """Image file to classify, instead of labelled data."""
+    # Candidate labels for --image. Phrases such as "X-ray of the chest" work better than single words.
     labels: tuple[str, ...] = ()
-    """Candidate labels for --image. Phrases such as "X-ray of the chest" work better than single words."""
 
     name = "zero_shot"
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests" / "MUTANTS.md"
 PROCESSES = 2  # mutants tested at a time
-IGNORED = shutil.ignore_patterns(".*", "runs", "*.egg-info", "__pycache__")
+PROJECT = ("lora", "clip_medical", "experiments", "tests", "train.py", "pyproject.toml")  # what a copy holds
 
 
 class Mutant(NamedTuple):
@@ -159,7 +159,7 @@ MUTANTS = [
            MODEL, "self.model.logit_scale.detach().float().exp().cpu() * cosines", "cosines",
            "export/test_from_python.py::test_classify_is_a_softmax_at_the_temperature_of_the_model"),
     Mutant("fast encoder: text attends to later tokens", "features differ from those of CLIP",
-           PACKED, "module.training, causal=True)", "module.training)",
+           PACKED, "is_causal=causal, scale=scale)", "scale=scale)",
            EQUAL_TO_REFERENCE),
     Mutant("fast encoder: the end token attends to padding", "a feature depends on the other captions of the batch",
            PACKED, "valid = None if packing is None else packing.valid", "valid = None",
@@ -277,6 +277,15 @@ def misfits(mutants: Sequence[Mutant] = MUTANTS) -> list[str]:
     return messages
 
 
+def copy_project(target: Path) -> Path:
+    """Copy the project to a new folder, and return it."""
+    target.mkdir()
+    for source in (ROOT / name for name in PROJECT):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(source, target / source.name, ignore=ignored) if source.is_dir() else shutil.copy(source, target)
+    return target
+
+
 def failing_test(copies: Queue[Path], tests: Sequence[str], mutant: Mutant | None = None) -> str:
     """Run tests in a copy of the project, with a mistake if one is given. Returns the test that fails, "" if none."""
     copy = copies.get()
@@ -313,7 +322,7 @@ def main() -> None:
     copies: Queue[Path] = Queue()
     with TemporaryDirectory() as folder, ThreadPoolExecutor(PROCESSES) as pool:
         for number in range(PROCESSES):
-            copies.put(Path(shutil.copytree(ROOT, Path(folder, str(number)), ignore=IGNORED)))
+            copies.put(copy_project(Path(folder, str(number))))
         shares = [tests[number::PROCESSES] for number in range(PROCESSES)]
         if failed := "".join(pool.map(lambda share: failing_test(copies, share), shares)):
             sys.exit(f"{failed} fails without a mistake. Correct that first.")

@@ -1,7 +1,9 @@
-"""Hugging Face PEFT as the oracle: same weights, same answers; same files; same training."""
+"""Comparison with Hugging Face PEFT: equal outputs from the same weights, equal files, equal training."""
 
 import copy
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ def make_clip() -> CLIPModel:
         vision_config={**tower, "hidden_size": 48, "image_size": 24, "patch_size": 8},
         projection_dim=24,
     )  # fmt: skip
-    model = CLIPModel(config).eval()
+    model = CLIPModel(config)
+    model.eval()
     with torch.no_grad():  # the default initialisation is so small that logits hardly depend on the attention
         for name, p in model.named_parameters():
             if name.endswith("_proj.weight"):
@@ -46,7 +49,8 @@ def logits(model: nn.Module) -> torch.Tensor:
     """In double precision, where scaling B and scaling B A x are the same to 15 digits."""
     batch = make_batch()
     batch["pixel_values"] = batch["pixel_values"].double()
-    return copy.deepcopy(model).double()(**batch).logits_per_image
+    result: torch.Tensor = copy.deepcopy(model).double()(**batch).logits_per_image
+    return result
 
 
 def randomise(model: nn.Module) -> None:
@@ -57,7 +61,7 @@ def randomise(model: nn.Module) -> None:
                 p.normal_(std=0.2)
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "rank 1": {"r": 1},
     "rank 24": {"r": 24, "lora_alpha": 5},
@@ -70,7 +74,8 @@ CASES = {
 }
 
 
-def peft_model(**fields) -> nn.Module:
+def peft_model(**fields: Any) -> Any:
+    """A PeftModel of make_clip() with random A and B."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **fields}
     model = peft.get_peft_model(make_clip(), peft.LoraConfig(**settings))
     randomise(model)
@@ -78,20 +83,20 @@ def peft_model(**fields) -> nn.Module:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_peft_to_us_and_back(tmp_path, case):
-    """Catches: any difference from PEFT in scaling, target matching, key names or config fields."""
+def test_peft_to_us_and_back(tmp_path: Path, case: str) -> None:
+    """Catches a difference from PEFT in scaling, target matching, keys or config fields."""
     theirs = peft_model(**CASES[case])
     theirs.save_pretrained(tmp_path / "theirs")
     ours = make_clip()
     names = load_adapter(ours, tmp_path / "theirs")
     assert names == [n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
     expected = logits(theirs)
-    assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must show"
+    assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must change the logits"
     torch.testing.assert_close(logits(ours), expected, rtol=1e-12, atol=1e-12)
 
     save_adapter(ours, tmp_path / "ours")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PEFT tells of missing and unexpected keys by warnings alone
+        warnings.simplefilter("error")  # for missing and unexpected keys PEFT only warns
         warnings.filterwarnings("ignore", category=FutureWarning)
         again = peft.PeftModel.from_pretrained(make_clip(), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(again), expected, rtol=1e-12, atol=1e-12)
@@ -101,16 +106,16 @@ def test_peft_to_us_and_back(tmp_path, case):
 
 @pytest.mark.parametrize("case", ["plain", "rslora", "image tower", "text tower"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_adapter_stored_in_half_precision(tmp_path, case, dtype):
-    """Catches half-precision tensors that are refused, kept in half precision, or read as something else; and a merge
-    that differs from PEFT's."""
+def test_an_adapter_stored_in_half_precision(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    """Catches half-precision tensors that are refused, kept in half precision or converted wrongly; a merge that differs
+    from PEFT's."""
     peft_model(**CASES[case]).to(dtype).save_pretrained(tmp_path)
     assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {dtype}
     theirs, ours = peft.PeftModel.from_pretrained(make_clip(), tmp_path).eval(), make_clip()
     load_adapter(ours, tmp_path)
     assert {p.dtype for p in adapter_parameters(ours)} == {torch.float32}
     expected = logits(theirs)
-    assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must show"
+    assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must change the logits"
     torch.testing.assert_close(logits(ours), expected, rtol=1e-12, atol=1e-12)
     merge(ours)
     torch.testing.assert_close(logits(ours), logits(theirs.merge_and_unload()), rtol=1e-6, atol=1e-6)  # of fp32
@@ -118,8 +123,8 @@ def test_an_adapter_stored_in_half_precision(tmp_path, case, dtype):
 
 @pytest.mark.parametrize("within", [None, "text_model", ["vision_model"], "vision_model.encoder.layers.1"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_what_inject_makes_loads_in_peft(tmp_path, within, rslora):
-    """Catches: a config whose targets select other layers in PEFT than were adapted here."""
+def test_what_inject_makes_loads_in_peft(tmp_path: Path, within: str | list[str] | None, rslora: bool) -> None:
+    """Catches a config whose targets select other layers in PEFT than were adapted here."""
     ours = make_clip()
     names = inject(ours, rank=3, alpha=5, rslora=rslora, within=within)
     randomise(ours)
@@ -133,8 +138,8 @@ def test_what_inject_makes_loads_in_peft(tmp_path, within, rslora):
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-12, atol=1e-12)
 
 
-def test_an_adapter_of_several_ranks_is_refused(tmp_path):
-    """Catches: patterns overlooked, so that layers get another scaling than in PEFT, in silence."""
+def test_an_adapter_of_several_ranks_is_refused(tmp_path: Path) -> None:
+    """Catches an ignored rank_pattern or alpha_pattern, by which layers get another rank or scaling than in PEFT."""
     for patterns in ({"rank_pattern": {"q_proj": 9}}, {"alpha_pattern": {"v_proj": 11}}):
         peft_model(**patterns).save_pretrained(tmp_path)
         with pytest.raises(LoRAError, match="_pattern = .*not implemented"):
@@ -153,8 +158,8 @@ def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 50) -> 
     return losses
 
 
-def test_fifty_steps_give_the_loss_curve_of_peft():
-    """Catches: a gradient, scaling, freezing or dtype that differs although the forward pass agrees."""
+def test_fifty_steps_give_the_loss_curve_of_peft() -> None:
+    """Catches a gradient, scaling, dtype or set of trainable parameters that differs although the forward pass agrees."""
     theirs = peft.get_peft_model(make_clip(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     ours = make_clip()
     inject(ours, rank=4, alpha=8)
@@ -164,5 +169,5 @@ def test_fifty_steps_give_the_loss_curve_of_peft():
         for name, p in start.items():
             ours.get_parameter(name).copy_(copy.deepcopy(p))
     expected = train(theirs, [p for p in theirs.parameters() if p.requires_grad])
-    assert expected[-1] < 0.8 * expected[0], "something must have been learnt"
+    assert expected[-1] < 0.8 * expected[0], "the loss must fall"
     assert train(ours, adapter_parameters(ours)) == pytest.approx(expected, rel=1e-4)

@@ -91,24 +91,3 @@ def calibration(confidence: Tensor, hits: Tensor, bins: int = 10) -> dict[str, A
         filled.append({"n": n, "confidence": mean, "accuracy": correct / n, "low": low, "high": high})
     error = sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in filled) / len(hits)
     return {"ece": error, "bins": filled}
-
-
-def hardest_confusions(report: dict[str, Any], count: int = 5) -> list[dict[str, Any]]:
-    """Return the most frequent confusions of a `classification_report`, most frequent first, with their "times"."""
-    confusion = np.array(report["confusion"])
-    np.fill_diagonal(confusion, 0)
-    largest = np.argsort(-confusion, axis=None, kind="stable")[:count]
-    cells = [divmod(cell, len(confusion)) for cell in largest.tolist() if confusion.flat[cell]]
-    return [confusion_of(report, *cell) | {"times": int(confusion[cell])} for cell in cells]
-
-
-def confusion_of(report: dict[str, Any], true: int, predicted: int) -> dict[str, Any]:
-    """Compute how often class number `true` is predicted as number `predicted`.
-
-    Returns {"true", "predicted" (names), "value" (share of the rows of class `true`), "low", "high" (95 %, Wilson),
-    "n" (those rows)}.
-    """
-    row = report["confusion"][true]
-    low, high = binomial_interval(row[predicted], sum(row), "wilson")
-    names = {"true": report["classes"][true], "predicted": report["classes"][predicted]}
-    return names | {"value": row[predicted] / sum(row), "low": low, "high": high, "n": sum(row)}

@@ -1,8 +1,5 @@
 """Features of whole splits, and the one number that training selects its best adapter by."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -11,27 +8,18 @@ from clip_medical.evaluation.retrieval import pair_ranks
 from clip_medical.model import Clip
 
 
-@contextmanager
-def evaluation_mode(clip: Clip) -> Iterator[None]:
-    """Switch dropout and gradients off, and restore the previous mode on exit."""
-    training = clip.model.training
-    clip.model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        clip.model.train(training)
-
-
+@torch.no_grad()
 def encode(clip: Clip, pairs: Pairs, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Encode all images and all captions of `pairs` in evaluation mode.
+    """Encode all images and all captions of `pairs`, without dropout.
 
     Returns (images, texts), each (N, D), fp32, unit length, on the CPU.
     """
-    with evaluation_mode(clip):
-        batches = torch.arange(len(pairs)).split(batch_size)
-        images = [clip.image_features(pairs.pixels[rows]).cpu() for rows in batches]
-        texts = [clip.text_features(pairs.tokens[rows], pairs.lengths[rows]).cpu() for rows in batches]
+    training = clip.model.training
+    clip.model.eval()
+    batches = torch.arange(len(pairs)).split(batch_size)
+    images = [clip.image_features(pairs.pixels[rows]).cpu() for rows in batches]
+    texts = [clip.text_features(pairs.tokens[rows], pairs.lengths[rows]).cpu() for rows in batches]
+    clip.model.train(training)
     return torch.cat(images), torch.cat(texts)
 
 

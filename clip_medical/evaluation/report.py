@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clip_medical.data.batches import Pairs
 from clip_medical.data.splits import Split
-from clip_medical.evaluation.encode import encode, evaluation_mode
+from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.retrieval import retrieval_report
 from clip_medical.evaluation.table import Row, as_markdown, comparison, metric_rows
 from clip_medical.evaluation.zero_shot import zero_shot_report
@@ -42,13 +42,12 @@ class Evaluation:
 
 def evaluate(clip: Clip, pairs: Pairs, split: Split) -> Evaluation:
     """Measure retrieval over the whole pool of `pairs`, and zero-shot accuracy for each facet of their `split`."""
-    with evaluation_mode(clip):
-        images, texts = encode(clip, pairs)
-        results = {
-            "retrieval": retrieval_report(images, texts, pairs.caption_ids, pairs.image_ids, ks=(1, 5, 10)),
-            "zero_shot": zero_shot_report(clip, images, split.labels),
-        }
-        return Evaluation(results, images, clip.encode_texts([query for query, _ in example_queries(split)]))
+    images, texts = encode(clip, pairs)
+    results = {
+        "retrieval": retrieval_report(images, texts, pairs.caption_ids, pairs.image_ids, ks=(1, 5, 10)),
+        "zero_shot": zero_shot_report(clip, images, split.labels),
+    }
+    return Evaluation(results, images, clip.encode_texts([query for query, _ in example_queries(split)]))
 
 
 def example_queries(split: Split, count: int = 4) -> list[tuple[str, dict[str, str]]]:

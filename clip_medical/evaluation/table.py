@@ -40,7 +40,7 @@ def comparison(rows: Sequence[Row]) -> list[list[str]]:
         values = [percent(result) if "low" in result else f"{result['value']:g}" for result in results.values()]
         chance = f"{last['chance']:g}" if "chance" in last else ""
         if chance and "low" in last:
-            chance = f"{100 * last['chance']:.1f} %" if last["chance"] >= 0.01 else f"{100 * last['chance']:.2g} %"
+            chance = f"{100 * last['chance']:.1f} %" if last["chance"] >= 0.001 else f"{100 * last['chance']:.2g} %"
         cells.append([name, *values, chance, f"{n:,}" if isinstance(n, int) else n])
     return cells
 

@@ -7,6 +7,7 @@ a temporary name, compared with the adapted model, and renamed at the end: a fol
 import hashlib
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,25 @@ from huggingface_hub import HfApi
 
 from clip_medical import cli
 from clip_medical.errors import UserError
-from clip_medical.export.adapter import write_adapter
 from clip_medical.export.card import REPOSITORY, model_card
 from clip_medical.export.merged import write_merged
 from clip_medical.export.onnx import write_onnx
-from clip_medical.run_folder import HUB_ID, PROVENANCE, load_run, make_folder, read_json, write_text
+from clip_medical.model import Clip
+from clip_medical.run_folder import ADAPTER_FILES, HUB_ID, PROVENANCE, load_run, make_folder, read_json, write_text
 from lora.peft_format import WEIGHTS_FILE
+
+
+def copy_adapter(clip: Clip, adapter: Path, folder: Path, dtype: torch.dtype) -> list[str]:
+    """Copy the PEFT files of `adapter` into `folder`. Loading `clip` from them has validated them: no check follows."""
+    for file in adapter.iterdir():
+        if file.name in ADAPTER_FILES:
+            shutil.copyfile(file, folder / file.name)
+    return []
+
 
 # An exporter takes the adapted model in fp32, which it may modify, the adapter's folder, the folder to write, and the
 # dtype of the weights. It returns one sentence for each comparison of the export with the adapted model.
-EXPORTERS = {"adapter": write_adapter, "merged": write_merged, "onnx": write_onnx}
+EXPORTERS = {"adapter": copy_adapter, "merged": write_merged, "onnx": write_onnx}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -35,19 +45,19 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 class Export:
     """Export a finished run as a PEFT adapter, a merged transformers model or ONNX encoders, and publish it."""
 
+    # Run folder, for example runs/demo.
     run: str
-    """Run folder, for example runs/demo."""
+    # adapter: LoRA matrices for PEFT. merged: a complete model for transformers. onnx: both encoders.
     to: Literal["adapter", "merged", "onnx"]
-    """adapter: LoRA matrices for PEFT. merged: a complete model for transformers. onnx: both encoders."""
+    # Folder to write. Default: RUN/export/TO.
     output: str | None = None
-    """Folder to write. Default: RUN/export/TO."""
+    # Dtype of a merged model. The merge is computed in fp32 and cast once.
     dtype: Literal["fp32", "fp16"] = "fp32"
-    """Dtype of a merged model. The merge is computed in fp32 and cast once."""
+    # Hugging Face Hub repository, owner/name. Lists the files to upload; an existing export is reused, with your
+    # edits to its README.md.
     push: str | None = None
-    """Hugging Face Hub repository, owner/name. Lists the files to upload; an existing export is reused, with your edits
-    to its README.md."""
+    # Upload the files to --push. A new repository is created as private.
     yes: bool = False
-    """Upload the files to --push. A new repository is created as private."""
 
     def __post_init__(self) -> None:
         if self.dtype != "fp32" and self.to != "merged":

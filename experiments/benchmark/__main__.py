@@ -31,16 +31,16 @@ CHUNKED = (256, 1024, 8192)  # batch sizes
 class Training(Benchmark):
     """Compare this project, peft with the usual loop, and full fine-tuning on a CLIP of ViT-B/32's geometry."""
 
+    # Pairs in a batch.
     batch_size: int = 64
-    """Pairs in a batch."""
+    # PNG files in an epoch; at least one batch, on a GPU one for each loader process of the usual loop.
     images: int = 128
-    """PNG files in an epoch; at least one batch, on a GPU one for each loader process of the usual loop."""
+    # Turns of each contender.
     repeats: int = 5
-    """Turns of each contender."""
+    # Precision, as in train.py.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision, as in train.py."""
+    # Measure training steps alone, as for a further batch size or precision on the same machine.
     steps_only: bool = False
-    """Measure training steps alone, as for a further batch size or precision on the same machine."""
 
     command = "benchmark"
 

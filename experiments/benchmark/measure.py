@@ -28,10 +28,10 @@ T = TypeVar("T")
 class Benchmark:
     """A benchmark is a dataclass of flags with a method `measure`."""
 
+    # Folder for the results.
     output: str = "experiments/results"
-    """Folder for the results."""
+    # Seed of the inputs.
     seed: int = 0
-    """Seed of the inputs."""
 
     command: ClassVar[str]  # `python -m experiments.COMMAND`
 

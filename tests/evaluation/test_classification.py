@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_medical.evaluation.classification import auroc, calibration, classification_report, hardest_confusions
+from clip_medical.evaluation.classification import auroc, calibration, classification_report
 
 CLASSES = ["CT", "MRI", "X-ray"]
 
@@ -99,12 +99,3 @@ def test_calibration_by_hand() -> None:
     assert [b["n"] for b in result["bins"]] == [2, 4]
     assert (result["bins"][1]["low"], result["bins"][1]["high"]) == pytest.approx((0.1500, 0.8500), abs=1e-4)  # Wilson
     assert calibration(torch.ones(5), torch.ones(5))["ece"] == 0  # confidence 1 belongs to a bin
-
-
-def test_hardest_confusions_by_hand() -> None:
-    """Catches correct predictions listed as confusions, true and predicted class swapped, and a normal interval."""
-    report = {"classes": CLASSES, "confusion": [[5, 3, 0], [1, 9, 0], [0, 0, 0]]}
-    first, second = hardest_confusions(report)
-    assert (first["true"], first["predicted"], first["times"], first["n"]) == ("CT", "MRI", 3, 8)
-    assert first["value"] == pytest.approx(3 / 8) and (second["true"], second["predicted"]) == ("MRI", "CT")
-    assert (first["low"], first["high"]) == pytest.approx((0.1368, 0.6943), abs=1e-4)  # Wilson's interval of 3 of 8

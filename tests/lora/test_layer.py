@@ -2,16 +2,17 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora import LoRAError, LoRALinear, merged
 
 
-def make_layer(n_in: int = 12, n_out: int = 20, seed: int = 0, trained: bool = True, **settings) -> LoRALinear:
+def make_layer(n_in: int = 12, n_out: int = 20, seed: int = 0, trained: bool = True, **settings: Any) -> LoRALinear:
     """A layer of base (n_out, n_in); `trained` gives B random values, as after some steps."""
     torch.manual_seed(seed)
     layer = LoRALinear(nn.Linear(n_in, n_out), **{"rank": 4, "alpha": 6.0, **settings})
@@ -20,8 +21,9 @@ def make_layer(n_in: int = 12, n_out: int = 20, seed: int = 0, trained: bool = T
     return layer
 
 
-def test_a_new_layer_is_its_base():
-    """Catches: B initialised at random, so that training starts from a damaged model."""
+def test_a_new_layer_is_its_base() -> None:
+    """Catches a B that is not zero at first, so that training starts from a damaged model; an A of zeros, which never
+    gets a gradient."""
     layer = make_layer(trained=False)
     x = torch.randn(7, 12)
     assert torch.equal(layer(x), layer.base(x))
@@ -29,8 +31,8 @@ def test_a_new_layer_is_its_base():
 
 
 @pytest.mark.parametrize("rank", [1, 8, 64])
-def test_entries_of_A_are_bounded_by_one_over_sqrt_in(rank):
-    """Catches: A initialised as (in, r), whose bound is 1/sqrt(r); or with another gain than sqrt(5)'s."""
+def test_entries_of_A_are_bounded_by_one_over_sqrt_in(rank: int) -> None:
+    """Catches an A initialised as (in, r), whose bound is 1 / sqrt(r); another gain than that of a = sqrt(5)."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(768, 512), rank=rank)
     bound = 1 / math.sqrt(768)
@@ -41,8 +43,8 @@ def test_entries_of_A_are_bounded_by_one_over_sqrt_in(rank):
 
 @pytest.mark.parametrize("rslora, scaling", [(False, 6 / 4), (True, 6 / 2)])
 @pytest.mark.parametrize("strength", [1.0, 0.5, -2.0])
-def test_forward_is_the_formula(rslora, scaling, strength):
-    """Catches: alpha without / r, rsLoRA's root forgotten, strength ignored, A and B in the wrong order."""
+def test_forward_is_the_formula(rslora: bool, scaling: float, strength: float) -> None:
+    """Catches alpha not divided by r, or under rslora not by sqrt(r); an ignored strength; A and B in the wrong order."""
     layer = make_layer(rslora=rslora).double()
     layer.strength = strength
     x = torch.randn(3, 5, 12, dtype=torch.float64)
@@ -53,15 +55,15 @@ def test_forward_is_the_formula(rslora, scaling, strength):
     torch.testing.assert_close(layer.delta_weight(), strength * scaling * B @ A, rtol=1e-12, atol=1e-12)
 
 
-def test_the_correction_has_rank_r_at_most():
-    """Catches: a nonlinearity or a full matrix slipped between A and B."""
+def test_the_correction_has_rank_r_at_most() -> None:
+    """Catches a delta_weight whose rank is not r, of shape (in, out), or in another dtype than fp32."""
     layer = make_layer(40, 30, rank=5)
     assert torch.linalg.matrix_rank(layer.delta_weight()) == 5
     assert layer.delta_weight().shape == (30, 40) and layer.delta_weight().dtype == torch.float32
 
 
-def test_gradients_are_the_closed_form():
-    """Catches: scaling missing from the backward pass, or a detached factor: dB = s g (Ax)^T, dA = s B^T g x^T."""
+def test_gradients_are_the_closed_form() -> None:
+    """Catches scaling missing from the backward pass, or a detached matrix: dB = s g (A x)^T, dA = s B^T g x^T."""
     layer = make_layer().double()
     x, g = torch.randn(9, 12, dtype=torch.float64), torch.randn(9, 20, dtype=torch.float64)
     layer(x).backward(g)
@@ -71,19 +73,20 @@ def test_gradients_are_the_closed_form():
     assert layer.base.weight.grad is None and layer.base.bias.grad is None
 
 
-def test_gradcheck():
-    """Catches: any operation in the branch whose derivative is not that of its value, x included."""
+def test_gradcheck() -> None:
+    """Catches an operation in the branch whose derivative by x, A or B differs from finite differences."""
     layer = make_layer(5, 6, rank=2).double()
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
 
-    def f(x, A, B):
-        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
+    def f(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
+        return y
 
     assert torch.autograd.gradcheck(f, (x, layer.lora_A, layer.lora_B))
 
 
-def test_A_has_no_gradient_at_the_first_step_and_some_at_the_second():
-    """Catches: both matrices zero (nothing ever moves), and tests that demand all gradients non-zero at step 0."""
+def test_A_has_no_gradient_at_the_first_step_and_some_at_the_second() -> None:
+    """Catches A and B both zero at first, so that neither ever gets a gradient; a B that is not zero at first."""
     layer = make_layer(trained=False)
     optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
     x, target = torch.randn(16, 12), torch.randn(16, 20)
@@ -91,21 +94,22 @@ def test_A_has_no_gradient_at_the_first_step_and_some_at_the_second():
     for _ in range(2):
         optimizer.zero_grad()
         nn.functional.mse_loss(layer(x), target).backward()
+        assert layer.lora_A.grad is not None and layer.lora_B.grad is not None
         norms.append((layer.lora_A.grad.norm().item(), layer.lora_B.grad.norm().item()))
         optimizer.step()
     assert norms[0][0] == 0 and norms[0][1] > 0
     assert norms[1][0] > 0 and norms[1][1] > 0
 
 
-def test_dropout_leaves_the_base_path_alone():
-    """Catches: dropout applied to x before both paths, which perturbs the pretrained function itself."""
+def test_dropout_leaves_the_base_path_alone() -> None:
+    """Catches dropout applied to x before both paths, which changes the output of the pretrained layer."""
     layer = make_layer(trained=False, dropout=0.5).train()
     x = torch.randn(64, 12)
     assert torch.equal(layer(x), layer.base(x))
 
 
-def test_dropout_drops_inputs_of_the_branch_and_rescales():
-    """Catches: dropout after A or on A, no rescaling by 1/(1-p), or dropout live in eval mode."""
+def test_dropout_drops_inputs_of_the_branch_and_rescales() -> None:
+    """Catches dropout after A or on A, a missing factor 1 / (1 - p), or dropout that is active in eval mode."""
     layer = make_layer(dropout=0.25)
     x = torch.ones(20_000, 12)
     full = layer.eval()(x) - layer.base(x)
@@ -119,8 +123,8 @@ def test_dropout_drops_inputs_of_the_branch_and_rescales():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_base_keeps_fp32_adapters(dtype):
-    """Catches: adapters in the base's dtype ("Attempting to unscale FP16 gradients"), or output promoted to fp32."""
+def test_half_precision_base_keeps_fp32_adapters(dtype: torch.dtype) -> None:
+    """Catches A and B in the dtype of the base, whose fp16 gradients GradScaler refuses; an output promoted to fp32."""
     layer = LoRALinear(nn.Linear(12, 20).to(dtype), rank=4)
     nn.init.normal_(layer.lora_B, std=0.3)
     x = torch.randn(7, 12, dtype=dtype)
@@ -128,6 +132,7 @@ def test_half_precision_base_keeps_fp32_adapters(dtype):
     y.float().square().mean().backward()
     assert y.dtype == dtype and layer.base.weight.dtype == dtype
     for matrix in (layer.lora_A, layer.lora_B):
+        assert matrix.grad is not None
         assert matrix.dtype == torch.float32 and matrix.grad.dtype == torch.float32
         assert matrix.grad.abs().max() > 0
 
@@ -136,8 +141,8 @@ def test_half_precision_base_keeps_fp32_adapters(dtype):
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_merged_computes_the_same(dtype, atol, bias, strength):
-    """Catches: merge without scaling or strength, transposed, done in half precision, or losing bias or dtype."""
+def test_merged_computes_the_same(dtype: torch.dtype, atol: float, bias: bool, strength: float) -> None:
+    """Catches a merge without scaling or strength, transposed, summed in half precision, or without the bias or dtype."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(64, 48, bias=bias).to(dtype), rank=4)
     nn.init.normal_(layer.lora_B, std=0.05)
@@ -151,8 +156,8 @@ def test_merged_computes_the_same(dtype, atol, bias, strength):
     assert torch.equal(plain.weight, exact), "summed in fp32, cast once"
 
 
-def test_merging_mutates_nothing_and_gives_the_same_twice():
-    """Catches: a merge in place, a second merge that adds B A again, a shared bias, a moved random state."""
+def test_merging_mutates_nothing_and_gives_the_same_twice() -> None:
+    """Catches a merge in place, a second merge that adds B A again, a bias shared with the base, a changed random state."""
     layer = make_layer()
     before = copy.deepcopy(layer.state_dict())
     random_state = torch.get_rng_state()
@@ -166,8 +171,8 @@ def test_merging_mutates_nothing_and_gives_the_same_twice():
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_merged_keeps_mode_and_is_frozen_and_ignores_autocast():
-    """Catches: a merged layer in the wrong mode or trainable, and a merge in bf16 because autocast was on."""
+def test_merged_keeps_mode_and_is_frozen_and_ignores_autocast() -> None:
+    """Catches a merged layer in the wrong mode or trainable; a merge computed in bf16 because autocast was on."""
     layer = make_layer().eval()
     reference = merged(layer)
     with torch.autocast("cpu", torch.bfloat16):
@@ -177,8 +182,8 @@ def test_merged_keeps_mode_and_is_frozen_and_ignores_autocast():
     assert merged(layer.train()).training
 
 
-def test_merging_a_diverged_adapter_is_refused():
-    """Catches: NaN written into every weight of an exported model without a word."""
+def test_merging_a_diverged_adapter_is_refused() -> None:
+    """Catches NaN in the weights of a merged model without an error."""
     layer = make_layer()
     with torch.no_grad():
         layer.lora_A[0, 0] = math.nan
@@ -186,8 +191,8 @@ def test_merging_a_diverged_adapter_is_refused():
         merged(layer)
 
 
-def test_strength_zero_is_the_base_bit_for_bit():
-    """Catches: "off" written as a multiplication by zero, which lets NaN through."""
+def test_strength_zero_is_the_base_bit_for_bit() -> None:
+    """Catches strength 0 computed as a multiplication by zero: 0 * NaN is NaN."""
     layer = make_layer()
     with torch.no_grad():
         layer.lora_A.fill_(math.nan)
@@ -197,24 +202,26 @@ def test_strength_zero_is_the_base_bit_for_bit():
     assert torch.equal(merged(layer).weight, layer.base.weight)
 
 
-def test_the_base_is_frozen_and_mode_and_device_are_inherited():
-    """Catches: a trainable base, dropout live inside a model in eval mode, adapters left on the CPU."""
+def test_the_base_is_frozen_and_mode_and_device_are_inherited() -> None:
+    """Catches a trainable base, a new layer in train mode over a base in eval mode, or A and B left on the CPU."""
     layer = LoRALinear(nn.Linear(6, 5, device="meta").eval(), rank=2)
     assert not layer.training and layer.train().base.training
     assert {p.device.type for p in layer.parameters()} == {"meta"}
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
 
 
-def test_state_dict_and_repr_are_readable():
-    """Catches: extra buffers, or names that change under the feet of saved checkpoints."""
+def test_state_dict_and_repr_are_readable() -> None:
+    """Catches additional buffers, renamed parameters that saved checkpoints no longer match, or settings missing from
+    the repr."""
     layer = make_layer(rslora=True)
     assert set(layer.state_dict()) == {"base.weight", "base.bias", "lora_A", "lora_B"}
     assert "rank=4" in repr(layer) and "scaling=3" in repr(layer)
     assert not hasattr(layer, "weight"), "a forwarded weight lets callers skip the adapter"
 
 
-def test_autocast_deepcopy_compile_and_checkpoint():
-    """Catches: branch and base in different dtypes under autocast, shared copies, graph breaks, lost gradients."""
+def test_autocast_deepcopy_compile_and_checkpoint() -> None:
+    """Catches an output that autocast leaves in fp32, parameters shared with a deep copy, graph breaks, or gradients
+    that differ under checkpointing."""
     layer = make_layer()
     x = torch.randn(7, 12)
     with torch.autocast("cpu", torch.bfloat16):
@@ -229,6 +236,7 @@ def test_autocast_deepcopy_compile_and_checkpoint():
 
     layer(x).square().sum().backward()
     checkpoint(twin, x, use_reentrant=False).square().sum().backward()
+    assert twin.lora_A.grad is not None and layer.lora_A.grad is not None
     assert torch.equal(twin.lora_A.grad, layer.lora_A.grad) and twin.lora_A.grad.abs().max() > 0
 
 
@@ -251,16 +259,16 @@ def test_autocast_deepcopy_compile_and_checkpoint():
         (type("Other", (nn.Linear,), {})(12, 20), {}, "Other"),
     ],
 )
-def test_refusals(base, settings, says):
-    """Catches: a setting out of range taken silently, or a base frozen although the layer was refused."""
+def test_refusals(base: Any, settings: dict[str, Any], says: str) -> None:
+    """Catches a setting out of range that raises no error, or a base frozen although the layer was refused."""
     flags = [p.requires_grad for p in base.parameters()]
     with pytest.raises(LoRAError, match=says):
         LoRALinear(base, **settings)
     assert [p.requires_grad for p in base.parameters()] == flags
 
 
-def test_a_quantised_base_is_refused():
-    """Catches: packed integers taken for a weight, and then merged into noise."""
+def test_a_quantised_base_is_refused() -> None:
+    """Catches packed integers used as a float weight, which a merge would turn into noise."""
     base = nn.Linear(12, 20)
     base.weight = nn.Parameter(torch.zeros(20, 12, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(LoRAError, match="uint8"):

@@ -1,16 +1,18 @@
-"""The adapter on disk: what is written, what is refused, and that a refusal or an interruption harms nothing."""
+"""Saving and loading adapters: round trips, refused files, and saves that are refused or interrupted."""
 
 import copy
 import json
 import math
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lora import (
     LoRAError,
@@ -34,8 +36,9 @@ class Block(nn.Module):
         super().__init__()
         self.q_proj, self.v_proj, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 8)
 
-    def forward(self, x):
-        return x + self.out(torch.tanh(self.q_proj(x)) * self.v_proj(x))
+    def forward(self, x: Tensor) -> Tensor:
+        branch: Tensor = self.out(torch.tanh(self.q_proj(x)) * self.v_proj(x))
+        return x + branch
 
 
 class Net(nn.Module):
@@ -43,8 +46,9 @@ class Net(nn.Module):
         super().__init__()
         self.vision, self.text = nn.Sequential(*[Block(8) for _ in range(depth)]), nn.Sequential(Block(8))
 
-    def forward(self, x):
-        return self.text(self.vision(x))
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.text(self.vision(x))
+        return y
 
 
 def make(depth: int = 2, seed: int = 0) -> Net:
@@ -52,13 +56,19 @@ def make(depth: int = 2, seed: int = 0) -> Net:
     return Net(depth)
 
 
-def adapted(seed: int = 0, **settings) -> Net:
+def adapted(seed: int = 0, **settings: Any) -> Net:
     net = make()
     inject(net, **{"rank": 2, "alpha": 3.0, **settings})
     torch.manual_seed(100 + seed)
     for p in adapter_parameters(net):
         nn.init.normal_(p, std=0.3)
     return net
+
+
+def lora_layer(model: nn.Module, name: str) -> LoRALinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, LoRALinear)
+    return layer
 
 
 @pytest.fixture
@@ -81,12 +91,12 @@ def refuses(model: nn.Module, folder: Path, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def edit_config(folder: Path, **fields) -> None:
+def edit_config(folder: Path, **fields: Any) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({k: v for k, v in {**config, **fields}.items() if v != "DELETE"}))
 
 
-def edit_tensors(folder: Path, change) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors = {k: v.clone() for k, v in tensors.items()}
     change(tensors)
@@ -100,8 +110,8 @@ def edit_tensors(folder: Path, change) -> None:
     "settings",
     [{}, {"rslora": True, "dropout": 0.2, "alpha": 2.5}, {"within": "vision"}, {"targets": "out"}],
 )
-def test_round_trip_is_bit_equal(tmp_path, settings):
-    """Catches: a field or tensor lost or rounded on the way, the wrong tower adapted, dropout or rslora forgotten."""
+def test_round_trip_is_bit_equal(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Catches a tensor that is lost or rounded, a setting that is lost, or the wrong tower adapted on loading."""
     net = adapted(**settings)
     save_adapter(net, tmp_path)
     fresh = make()
@@ -109,7 +119,7 @@ def test_round_trip_is_bit_equal(tmp_path, settings):
     layers = {n: m for n, m in net.named_modules() if isinstance(m, LoRALinear)}
     assert names == list(layers)
     for name, layer in layers.items():
-        twin = fresh.get_submodule(name)
+        twin = lora_layer(fresh, name)
         assert torch.equal(twin.lora_A, layer.lora_A) and torch.equal(twin.lora_B, layer.lora_B)
         fields = ("rank", "alpha", "dropout", "rslora", "scaling", "strength")
         assert [getattr(twin, f) for f in fields] == [getattr(layer, f) for f in fields]
@@ -117,8 +127,8 @@ def test_round_trip_is_bit_equal(tmp_path, settings):
     assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {f"{n}.lora_{m}" for n in names for m in "AB"}
 
 
-def test_names_match_from_dot_to_dot(tmp_path):
-    """Catches: "q" taken to mean "mq" too, on reading; and a dotted ending that is not understood as PEFT does."""
+def test_names_match_from_dot_to_dot(tmp_path: Path) -> None:
+    """Catches "q" that also selects "mq" on loading; an ending "x.q" that also selects "yx.q", unlike in PEFT."""
 
     def net() -> nn.ModuleDict:
         inner = nn.ModuleDict({"q": nn.Linear(8, 8), "mq": nn.Linear(8, 8)})
@@ -133,12 +143,11 @@ def test_names_match_from_dot_to_dot(tmp_path):
     assert load_adapter(net(), tmp_path) == ["x.q"]
 
 
-def test_targets_that_need_more_than_leaf_names(tmp_path):
-    """Catches: a config that selects more layers than were adapted, on reading back or in PEFT."""
+def test_targets_that_need_more_than_leaf_names(tmp_path: Path) -> None:
+    """Catches a config whose target_modules select more layers than were adapted."""
     save_adapter(adapted(), tmp_path / "leaf")
     save_adapter(adapted(within="vision"), tmp_path / "path")
-    tail = nn.ModuleDict({"fc": nn.Linear(4, 4), "x": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
-    tail["fc"] = LoRALinear(tail["fc"], 2)
+    tail = nn.ModuleDict({"fc": LoRALinear(nn.Linear(4, 4), 2), "x": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
     save_adapter(tail, tmp_path / "tail")
     targets = {f: json.loads((tmp_path / f / CONFIG).read_text())["target_modules"] for f in ("leaf", "path", "tail")}
     assert targets["leaf"] == ["q_proj", "v_proj"]
@@ -147,8 +156,8 @@ def test_targets_that_need_more_than_leaf_names(tmp_path):
     assert load_adapter(make(), tmp_path / "path") == [f"vision.{i}.{p}_proj" for i in (0, 1) for p in "qv"]
 
 
-def test_the_files_are_those_of_peft(folder):
-    """Catches: other key names, dtypes or required fields than PEFT's, which reads them leniently and in silence."""
+def test_the_files_are_those_of_peft(folder: Path) -> None:
+    """Catches keys, dtypes or config fields that are not those of PEFT's layout."""
     tensors = load_file(folder / WEIGHTS)
     assert KEY in tensors and len(tensors) == 12
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors.values())
@@ -160,18 +169,19 @@ def test_the_files_are_those_of_peft(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_float_types_are_read_into_fp32(folder, dtype):
-    """Catches: parameters that take on the file's dtype, and then fail in GradScaler or lose small steps."""
+def test_other_float_types_are_read_into_fp32(folder: Path, dtype: torch.dtype) -> None:
+    """Catches parameters in the dtype of the file: GradScaler refuses fp16, and bf16 rounds small updates away."""
     edit_tensors(folder, lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))
     net = make()
     load_adapter(net, folder)
     assert {p.dtype for p in adapter_parameters(net)} == {torch.float32}
-    torch.testing.assert_close(net.vision[0].q_proj.lora_A, adapted().vision[0].q_proj.lora_A, rtol=1e-2, atol=1e-3)
+    loaded, saved = (lora_layer(model, "vision.0.q_proj").lora_A for model in (net, adapted()))
+    torch.testing.assert_close(loaded, saved, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_loading_keeps_mode_and_base(folder, training):
-    """Catches: dropout live after loading into a model in eval mode, and a base that loading wrote to."""
+def test_loading_keeps_mode_and_base(folder: Path, training: bool) -> None:
+    """Catches dropout that is active after loading into a model in eval mode; a load that writes to the base."""
     net = make().train(training)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     y = net(X)
@@ -225,46 +235,46 @@ def test_loading_keeps_mode_and_base(folder, training):
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
     ],
 )
-def test_configs_that_are_refused(folder, fields, says):
-    """Catches: a field that changes the mathematics being ignored, so that another function is computed in silence."""
+def test_configs_that_are_refused(folder: Path, fields: dict[str, Any], says: str) -> None:
+    """Catches an ignored config field that changes the computation, so that outputs differ from PEFT's without an error."""
     edit_config(folder, **fields)
     refuses(make(), folder, says)
 
 
-def drop_key(tensors):
+def drop_key(tensors: dict[str, Tensor]) -> None:
     del tensors[KEY]
 
 
-def drop_layer(tensors):
+def drop_layer(tensors: dict[str, Tensor]) -> None:
     del tensors[KEY], tensors[KEY.replace("lora_A", "lora_B")]
 
 
-def add_key(tensors):
+def add_key(tensors: dict[str, Tensor]) -> None:
     tensors["base_model.model.vision.0.out.lora_A.weight"] = torch.zeros(2, 8)
 
 
-def add_magnitude(tensors):
+def add_magnitude(tensors: dict[str, Tensor]) -> None:
     tensors[KEY.replace("lora_A.weight", "lora_magnitude_vector")] = torch.zeros(8)
 
 
-def bare_names(tensors):
-    for key in list(tensors):
+def bare_names(tensors: dict[str, Tensor]) -> None:
+    for key in list(tensors: dict[str, Tensor]) -> None:
         tensors[key.replace("base_model.model.", "model.")] = tensors.pop(key)
 
 
-def transpose(tensors):
+def transpose(tensors: dict[str, Tensor]) -> None:
     tensors[KEY] = tensors[KEY].T.contiguous()
 
 
-def to_int(tensors):
+def to_int(tensors: dict[str, Tensor]) -> None:
     tensors[KEY] = tensors[KEY].int()
 
 
-def to_nan(tensors):
+def to_nan(tensors: dict[str, Tensor]) -> None:
     tensors[KEY][0, 0] = math.nan
 
 
-def beyond_fp32(tensors):
+def beyond_fp32(tensors: dict[str, Tensor]) -> None:
     tensors[KEY] = tensors[KEY].double() + 1e300
 
 
@@ -283,22 +293,22 @@ def beyond_fp32(tensors):
         (dict.clear, "12 tensors"),
     ],
 )
-def test_tensors_that_are_refused(folder, change, says):
-    """Catches: non-strict loading, after which the "adapted" model is partly or wholly its base."""
+def test_tensors_that_are_refused(folder: Path, change: Callable[[dict[str, Tensor]], object], says: str) -> None:
+    """Catches non-strict loading, after which some or all layers of the "adapted" model are those of the base."""
     edit_tensors(folder, change)
     refuses(make(), folder, says)
 
 
-def test_an_adapter_of_another_model_is_refused_by_name(folder):
-    """Catches: a deeper model's adapter loaded as far as it fits, and one of other widths failing half-way."""
+def test_an_adapter_of_another_model_is_refused_by_name(folder: Path) -> None:
+    """Catches the adapter of a deeper model loaded in part; one of another width that fails half-way."""
     refuses(make(depth=1), folder, "vision.1.q_proj.lora_A.weight found \\(2, 8\\), expected none.*another model")
     wide = make()
     wide.text[0] = Block(16)
     refuses(wide, folder, "text.0.q_proj.lora_A.weight found \\(2, 8\\), expected \\(2, 16\\)")
 
 
-def test_files_that_are_missing_or_damaged(folder, tmp_path):
-    """Catches: a stack trace from deep inside a parser where a sentence would do."""
+def test_files_that_are_missing_or_damaged(folder: Path, tmp_path: Path) -> None:
+    """Catches the exception of a parser where a LoRAError should name the file."""
     refuses(make(), tmp_path / "nowhere", f"No such file.*{CONFIG}")
     (tmp_path / "empty").mkdir()
     refuses(make(), tmp_path / "empty", f"No such file.*{CONFIG}")
@@ -315,13 +325,15 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
 
 
 class Bomb:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return (os.mkdir, (str(Path(os.environ["BOMB"])),))
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
-def test_a_pickle_is_never_opened(folder, tmp_path, monkeypatch, name):
-    """Catches: falling back to torch.load on a file from the internet, which runs whatever code it holds."""
+def test_a_pickle_is_never_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Catches a fallback to torch.load, which runs the code in a downloaded file."""
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     (folder / WEIGHTS).unlink()
     (folder / name).write_bytes(pickle.dumps(Bomb()))
@@ -331,16 +343,17 @@ def test_a_pickle_is_never_opened(folder, tmp_path, monkeypatch, name):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_loading_into_an_adapted_model_is_refused(folder):
-    """Catches: an adapter loaded over another, or LoRA wrapped around LoRA."""
+def test_loading_into_an_adapted_model_is_refused(folder: Path) -> None:
+    """Catches an adapter loaded over another, or LoRA layers inside LoRA layers."""
     refuses(adapted(), folder, "already holds")
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def test_saves_that_are_refused(folder):
-    """Catches: a diverged, dimmed or ambiguous adapter replacing a good one on disk."""
+def test_saves_that_are_refused(folder: Path) -> None:
+    """Catches a good adapter overwritten by one that is not finite, not at strength 1, of mixed settings, empty or of a
+    wrapped model."""
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def spoil(net: Net, layer: LoRALinear, what: str) -> nn.Module:
@@ -353,23 +366,25 @@ def test_saves_that_are_refused(folder):
         elif what == "no LoRA":
             remove(net)
         elif what == "_orig_mod":
-            return torch.compile(net)
+            compiled: Any = torch.compile(net)
+            return compiled  # type: nn.Module
         return net
 
     for what in ("NaN", "strength", "one set", "no LoRA", "_orig_mod"):
         net = adapted()
         with pytest.raises(LoRAError, match=what):
-            save_adapter(spoil(net, net.vision[0].q_proj, what), folder)
+            save_adapter(spoil(net, lora_layer(net, "vision.0.q_proj"), what), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
-def test_an_interrupted_save_leaves_a_whole_adapter(folder, monkeypatch, fails_at):
-    """Catches: writing straight to the final name, so that a lost session leaves half a file and no adapter."""
+def test_an_interrupted_save_leaves_a_whole_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    """Catches a write to the final file name, by which an interrupted save leaves half a file and no adapter."""
     old, new = adapted(), adapted(seed=1)
-    real, calls = os.replace, []
+    real = os.replace
+    calls: list[str] = []
 
-    def replace(source, target):
+    def replace(source: str | Path, target: str | Path) -> None:
         calls.append(Path(target).name)
         if len(calls) == fails_at:
             raise KeyboardInterrupt
@@ -386,23 +401,25 @@ def test_an_interrupted_save_leaves_a_whole_adapter(folder, monkeypatch, fails_a
     assert torch.equal(net(X), (old if fails_at == 1 else new)(X))
 
 
-def test_a_full_disk_leaves_the_old_adapter(folder, monkeypatch):
-    """Catches: the old weights replaced before the new config is known to be on the disk."""
+def test_a_full_disk_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches weights that are replaced before the new config is on the disk."""
 
-    def fsync(fd):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    written: list[int] = []
+
+    def fsync(fd: int) -> None:
         written.append(fd)
         if len(written) == 2:
             raise OSError("no space left on device")
 
-    before, written = {p.name: p.read_bytes() for p in folder.iterdir()}, []
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="no space"):
         save_adapter(adapted(seed=1), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_saving_again_keeps_other_files(folder):
-    """Catches: a folder emptied or swapped as a whole, together with what the user keeps in it."""
+def test_saving_again_keeps_other_files(folder: Path) -> None:
+    """Catches a save that empties or replaces the whole folder, and deletes the user's other files."""
     (folder / "README.md").write_text("mine")
     save_adapter(adapted(seed=1), folder)
     assert (folder / "README.md").read_text() == "mine"
