@@ -171,7 +171,7 @@ MUTANTS = [
            PACKED, "(ids[1:] == ids[:-1]).cumprod(dim=1) == 0", "ids[1:] != ids[:-1]",
            EQUAL_TO_REFERENCE),
     Mutant("the encoder check runs with B = 0", "an error in the branch stays unnoticed",
-           CHECK, "layer.lora_B.add_(0.05 * torch", "layer.lora_B.add_(0 * torch",
+           CHECK, "layer.lora_B.data += 0.05 * torch", "layer.lora_B.data += 0 * torch",
            "fast/test_check.py::test_an_edit_of_the_layer_is_seen"),
     Mutant("the encoder check compares no gradients", "correct features, but wrong training",
            CHECK, "for layer in lora_layers(model).values() for p in layer.parameters() if p.requires_grad]",
@@ -281,8 +281,10 @@ def copy_project(target: Path) -> Path:
     """Copy the project to a new folder, and return it."""
     target.mkdir()
     for source in (ROOT / name for name in PROJECT):
-        ignored = shutil.ignore_patterns("__pycache__", "results")
-        shutil.copytree(source, target / source.name, ignore=ignored) if source.is_dir() else shutil.copy(source, target)
+        if source.is_dir():
+            shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, target)
     return target
 
 

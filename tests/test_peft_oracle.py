@@ -107,8 +107,8 @@ def test_peft_to_us_and_back(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("case", ["plain", "rslora", "image tower", "text tower"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_an_adapter_stored_in_half_precision(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
-    """Catches half-precision tensors that are refused, kept in half precision or converted wrongly; a merge that differs
-    from PEFT's."""
+    """Catches half-precision tensors that are refused, kept in half precision or converted wrongly; a merge that
+    differs from PEFT's."""
     peft_model(**CASES[case]).to(dtype).save_pretrained(tmp_path)
     assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {dtype}
     theirs, ours = peft.PeftModel.from_pretrained(make_clip(), tmp_path).eval(), make_clip()
@@ -159,7 +159,7 @@ def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 50) -> 
 
 
 def test_fifty_steps_give_the_loss_curve_of_peft() -> None:
-    """Catches a gradient, scaling, dtype or set of trainable parameters that differs although the forward pass agrees."""
+    """Catches a different gradient, scaling, dtype or set of trainable parameters, although the forward pass agrees."""
     theirs = peft.get_peft_model(make_clip(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     ours = make_clip()
     inject(ours, rank=4, alpha=8)

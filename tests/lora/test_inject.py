@@ -33,7 +33,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(x)
-        branch: Tensor = self.dropout(self.out(torch.tanh(self.q_proj(z)) * self.v_proj(z)) + self.mq_proj(self.q_proj_2(z)))
+        product = torch.tanh(self.q_proj(z)) * self.v_proj(z)
+        branch: Tensor = self.dropout(self.out(product) + self.mq_proj(self.q_proj_2(z)))
         return x + branch
 
 
@@ -118,7 +119,7 @@ def test_identity_and_settings_after_injection(net: Net) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_and_device_survive(training: bool) -> None:
-    """Catches dropout that is active in a model in eval mode; A and B on the CPU where the model is on another device."""
+    """Catches dropout that is active in a model in eval mode; A and B on another device than the model."""
     net = Net().to("meta").train(training)
     inject(net, rank=2, dropout=0.5)
     assert all(m.training == training for m in net.modules())
@@ -155,7 +156,7 @@ def test_a_layer_with_two_names_stays_one_layer() -> None:
     ],
 )
 def test_a_refused_injection_touches_nothing(net: Net, settings: dict[str, Any], says: str) -> None:
-    """Catches a model half injected or half frozen after an error; a target that matches nothing and raises no error."""
+    """Catches a model half injected or half frozen after an error; a target without a match that raises no error."""
     before = fingerprint(net)
     with pytest.raises(LoRAError, match=says):
         inject(net, **settings)
@@ -244,20 +245,20 @@ def test_a_refused_merge_leaves_the_adapters_in(net: Net) -> None:
 
 
 def test_disabled_is_the_base_and_is_undone(net: Net) -> None:
-    """Catches strengths reset to 1 instead of their earlier values, or not restored after an exception or nested block."""
+    """Catches strengths reset to 1 instead of their earlier values; a nested block or an exception that loses them."""
     base = net(X)
     inject(net, rank=2)
     shake(net)
     lora_layer(net, "vision.0.q_proj").strength = 0.3
     adapted = net(X)
     assert not torch.allclose(adapted, base)
-    with disabled(net: Net):
+    with disabled(net):
         assert torch.equal(net(X), base)
-        with disabled(net: Net):
+        with disabled(net):
             pass
         assert torch.equal(net(X), base)
     assert torch.equal(net(X), adapted)
-    with pytest.raises(RuntimeError), disabled(net: Net):
+    with pytest.raises(RuntimeError), disabled(net):
         raise RuntimeError
     assert torch.equal(net(X), adapted) and lora_layer(net, "vision.0.q_proj").strength == 0.3
 

@@ -44,7 +44,7 @@ def test_entries_of_A_are_bounded_by_one_over_sqrt_in(rank: int) -> None:
 @pytest.mark.parametrize("rslora, scaling", [(False, 6 / 4), (True, 6 / 2)])
 @pytest.mark.parametrize("strength", [1.0, 0.5, -2.0])
 def test_forward_is_the_formula(rslora: bool, scaling: float, strength: float) -> None:
-    """Catches alpha not divided by r, or under rslora not by sqrt(r); an ignored strength; A and B in the wrong order."""
+    """Catches alpha not divided by r, or for rsLoRA by sqrt(r); an ignored strength; A and B in the wrong order."""
     layer = make_layer(rslora=rslora).double()
     layer.strength = strength
     x = torch.randn(3, 5, 12, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_half_precision_base_keeps_fp32_adapters(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_merged_computes_the_same(dtype: torch.dtype, atol: float, bias: bool, strength: float) -> None:
-    """Catches a merge without scaling or strength, transposed, summed in half precision, or without the bias or dtype."""
+    """Catches a merge that omits scaling, strength or bias, sums in half precision, or changes the dtype."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(64, 48, bias=bias).to(dtype), rank=4)
     nn.init.normal_(layer.lora_B, std=0.05)
@@ -157,7 +157,7 @@ def test_merged_computes_the_same(dtype: torch.dtype, atol: float, bias: bool, s
 
 
 def test_merging_mutates_nothing_and_gives_the_same_twice() -> None:
-    """Catches a merge in place, a second merge that adds B A again, a bias shared with the base, a changed random state."""
+    """Catches a merge in place, a second merge that adds B A again, a shared bias, or a changed random state."""
     layer = make_layer()
     before = copy.deepcopy(layer.state_dict())
     random_state = torch.get_rng_state()
