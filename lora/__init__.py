@@ -2,9 +2,9 @@
 
     layer.py         the mathematics: y = W x + b + scaling * B A x, its initialisation, its merge
     inject.py        putting that layer into a model: plan, refuse, apply; and taking it out again
-    peft_format.py   keeping the result: saving and strict loading in the layout of Hugging Face PEFT
+    peft_format.py   saving and strict loading, in the layout of Hugging Face PEFT
 
-Only torch, safetensors and the standard library are imported, and nothing here knows what CLIP is.
+Only torch, safetensors and the standard library are imported. Nothing here depends on CLIP.
 """
 
 from .inject import adapter_parameters, count_parameters, disabled, inject, merge, remove, set_strength
