@@ -35,7 +35,7 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-check: lint test  ## what continuous integration runs
+check: lint test-fast  ## what continuous integration runs; `make test` adds the slow tests
 
 clean:  ## remove the environment and everything generated; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
