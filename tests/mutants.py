@@ -1,4 +1,4 @@
-"""Check that the tests notice known mistakes: apply each to a copy of the project, see a test fail, `make mutants`.
+"""Check that the tests catch known mistakes: `make mutants` applies each to a copy of the project and runs its test.
 
 A test that never fails proves nothing. Each row of MUTANTS is a mistake that LoRA or CLIP code has made, or could make
 without an error message: the text in the file, the wrong text, and the test that has to fail. The results are written
@@ -44,10 +44,9 @@ FLIGHT_CHECK, TEST_FLIGHT_CHECK = "clip_medical/training/flight_check.py", "trai
 MODEL, PROCESSOR, RUN_FOLDER = "clip_medical/model.py", "clip_medical/data/processor.py", "clip_medical/run_folder.py"
 PACKED, CHECK = "clip_medical/fast/packed.py", "clip_medical/fast/check.py"
 EQUAL_TO_REFERENCE = "fast/test_parity.py::test_features_and_gradients_equal_the_reference"
-BATCHES, FRAGMENTS = "clip_medical/data/batches.py", "clip_medical/data/fragments.py"
-TEST_BATCHES, TEST_FRAGMENTS = "data/test_batches.py::", "data/test_fragments.py::"
-CACHE, IMAGES, DICOM = "clip_medical/data/cache.py", "clip_medical/data/images.py", "clip_medical/data/dicom.py"
-DATASET, SPLITS, AUGMENT = "clip_medical/data/dataset.py", "clip_medical/data/splits.py", "clip_medical/data/augment.py"
+BATCHES = "clip_medical/data/batches.py"
+CACHE, DICOM = "clip_medical/data/cache.py", "clip_medical/data/dicom.py"
+DATASET, SPLITS = "clip_medical/data/dataset.py", "clip_medical/data/splits.py"
 RETRIEVAL, TEST_RETRIEVAL = "clip_medical/evaluation/retrieval.py", "evaluation/test_retrieval.py::"
 CLASSIFICATION, TEST_CLASSIFICATION = "clip_medical/evaluation/classification.py", "evaluation/test_classification.py::"
 ZERO_SHOT, TEST_ZERO_SHOT = "clip_medical/evaluation/zero_shot.py", "evaluation/test_zero_shot.py::"
@@ -129,7 +128,7 @@ MUTANTS = [
     Mutant("a gradient of NaN is applied", "one bad batch destroys all weights",
            OPTIMIZER, "if norm.isfinite() or self.scaler.is_enabled():", "if True:",
            TEST_OPTIMIZER + "test_without_loss_scaling_a_gradient_that_is_not_finite_moves_nothing"),
-    Mutant("Adam's moments are not restored", "a resumed run ends with other weights",
+    Mutant("Adam's moments are not restored on resuming", "a resumed run ends with other weights",
            OPTIMIZER, '        self.adamw.load_state_dict(state["adamw"])\n', "",
            TEST_OPTIMIZER + "test_a_loaded_state_continues_like_the_original"),
     Mutant("the flight check accepts missing gradients", "hours of training change nothing",
@@ -141,7 +140,7 @@ MUTANTS = [
     Mutant("fp16 steps are skipped without end", "a run ends untrained without an error",
            TRAINER, " and optimizer.scaler.get_scale() <= 1:", " and not optimizer.scaler.is_enabled():",
            TEST_TRAINER + "test_fp16_does_not_skip_steps_forever"),
-    Mutant("the random state is not restored", "a resumed run ends with other weights",
+    Mutant("the random state is not restored on resuming", "a resumed run ends with other weights",
            TRAINER, '        restore(state["random"][distributed.rank() % len(state["random"])])\n', "",
            TEST_TRAINER + "test_a_stopped_run_continues_to_the_bit"),
     # Model and encoders
@@ -183,10 +182,10 @@ MUTANTS = [
     # Data
     Mutant("a resumed run starts the epoch anew", "some pairs are seen twice, others never",
            BATCHES, "first = start % batches_per_epoch if", "first = 0 if",
-           TEST_BATCHES + "test_rows_continue_at_any_position"),
+           "data/test_batches.py::test_rows_continue_at_any_position"),
     Mutant("equal fragments are negatives of each other", '"CT" counts as wrong for another CT image',
            BATCHES, "[*ids, equal_texts]", "ids",
-           TEST_FRAGMENTS + "test_equal_fragments_are_positives_of_each_other"),
+           "data/test_fragments.py::test_equal_fragments_are_positives_of_each_other"),
     Mutant("the cache key ignores the files", "old pixels are used after an image has changed",
            CACHE, "json.dumps([FORMAT, size, split.origins])", "json.dumps([FORMAT, size, len(split.origins)])",
            "data/test_cache.py::test_the_key_changes_with_the_pixels"),
@@ -263,10 +262,10 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def misfits(mutants: Sequence[Mutant] = MUTANTS) -> list[str]:
+def misfits() -> list[str]:
     """Return a message for each mutant whose text does not occur exactly once in its file, or whose test is missing."""
     messages = []
-    for mutant in mutants:
+    for mutant in MUTANTS:
         file, function = mutant.test.split("::")
         code, tests = (path.read_text(encoding="utf-8") if path.is_file() else ""
                        for path in (ROOT / mutant.file, ROOT / "tests" / file))  # fmt: skip
