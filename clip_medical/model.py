@@ -109,7 +109,9 @@ class Clip:
     def normalised(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> the model's input, in its dtype, computed on the device: bytes travel, not floats."""
         mean, std = (each.to(self.device) for each in (self.processor.mean, self.processor.std))
-        return ((pixels.to(self.device).float() - mean) / std).to(self.dtype)
+        if pixels.stride(1) == 0:  # grey: one channel travels, and becomes three by subtracting the mean of each
+            pixels = pixels[:, :1]
+        return ((pixels.to(self.device, non_blocking=True).float() - mean) / std).to(self.dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, D)."""

@@ -117,7 +117,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], type[LoRALin
     for kind in kinds:  # grows while it is walked, so that it holds subclasses of subclasses too
         kinds += kind.__subclasses__()
     fitting = [kind for kind in kinds if "peft_fields" in vars(kind) and kind.peft_fields.items() <= config.items()]
-    kind = max(fitting, key=lambda kind: len(kind.peft_fields), default=LoRALinear)
+    # Reversed: of two classes with the same fields, such as a notebook's cell run twice, the later one.
+    kind = max(reversed(fitting), key=lambda kind: len(kind.peft_fields), default=LoRALinear)
     for field, value in config.items():  # peft_type comes first: it explains all the rest
         known = (field, value) in kind.peft_fields.items() or field in USED or field in NOTES
         if not known and value not in HARMLESS.get(field, EMPTY):

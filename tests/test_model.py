@@ -126,3 +126,11 @@ def test_a_model_that_is_no_clip_is_a_user_error(tmp_path: Path, monkeypatch: py
         load_clip(str(tmp_path))
     with pytest.raises(UserError, match="holds no adapter"):
         load_run(tmp_path / "nowhere")
+
+
+def test_one_grey_channel_gives_the_features_of_three() -> None:
+    """Catches a grey image normalised with the mean of one channel for all three."""
+    clip = load_clip()
+    grey = torch.randint(0, 256, (3, 1, clip.processor.image_size, clip.processor.image_size), dtype=torch.uint8)
+    one, three = clip.normalised(grey.expand(-1, 3, -1, -1)), clip.normalised(grey.repeat(1, 3, 1, 1))
+    assert torch.equal(one, three)

@@ -2,8 +2,8 @@
 
 Two kinds of reasons lead back to the reference encoder. The model holds something that the fast encoder does not run in
 the same way (a hook, a subclass, dropout, another architecture); or the numbers differ. Features, loss and gradients of
-A and B are compared, with B set to random values for the moment: B = 0, as at the start of training, would hide the
-branch.
+A and B are compared on a copy of the model with random B at full strength: B = 0, as at the start of training, would
+hide the branch.
 """
 
 import copy
@@ -32,6 +32,7 @@ def verify(model: CLIPModel, reference: Any, sample: Any) -> tuple[PackedEncoder
     trial, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     try:
         for layer in lora_layers(trial).values():
+            layer.strength = 1.0
             layer.lora_B.data += 0.05 * torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
             merged(layer)  # compares its forward with W x + b + delta_weight() x on random input
     except LoRAError as edit:

@@ -29,9 +29,7 @@ from transformers.masking_utils import sdpa_mask
 class Packing(NamedTuple):
     """Where the T rows of a packed batch stand in the padded batch of N distinct captions, L tokens each."""
 
-    gather: (
-        Tensor  # (N * L,) row of each place of the padded batch; padding repeats some row, which no token attends to
-    )
+    gather: Tensor  # (N * L,) row of each place of the padded batch; some row in the padding, which no token attends to
     scatter: Tensor  # (T,) place of the padded batch that each row is read from
     valid: Tensor  # (N, 1, 1, L) bool, False in the padding
     end: Tensor  # (N,) row of each caption's end token

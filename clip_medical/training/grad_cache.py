@@ -52,7 +52,6 @@ def contrastive_backward(
         for encode in encoders:
             states.append(random_state(clip.device))
             features.append(encode())
-    end_state = random_state(clip.device)
 
     gradients, value = _feature_gradients(clip, batch, loss, scale, features)
     for encode, state, feature, gradient in zip(encoders, states, features, gradients, strict=True):
@@ -61,7 +60,6 @@ def contrastive_backward(
             feature = encode()
         if feature.requires_grad:  # False where only the other tower has an adapter
             feature.backward(gradient)
-    restore(end_state)
     if distributed.world_size() > 1:
         # logit_scale has no part in encoding: its gradient is that of the whole batch on every process already
         distributed.sum_gradients(p for p in clip.model.parameters() if p is not clip.model.logit_scale)

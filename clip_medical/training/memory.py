@@ -78,6 +78,7 @@ def make_plan(clip: Clip, epoch: Epoch, config: Config, pairs: int) -> Plan:
 def activation_bytes(clip: Clip, epoch: Epoch, checkpointing: bool) -> float:
     """Bytes that a step needs for each pair that it encodes; measured on short and long captions."""
     clip.set_checkpointing(checkpointing)
+    clip.encoder_choice()  # now, so that its own check is not counted
     state, by_length = random_state(clip.device), epoch.pairs.lengths.argsort()
     batch = epoch.batch(by_length[torch.linspace(0, len(by_length) - 1, TRIAL).long()])
     saved = list[Tensor](clip.model.parameters())

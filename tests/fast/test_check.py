@@ -13,7 +13,8 @@ from clip_medical import load_clip
 from clip_medical.encoder import Sample
 from clip_medical.errors import UserError
 from clip_medical.model import Clip
-from lora import LoRALinear, adapter_parameters, inject
+from lora import LoRALinear, adapter_parameters, disabled, inject
+from lora.inject import lora_layers
 
 packed = pytest.importorskip("clip_medical.fast.packed")
 
@@ -128,6 +129,14 @@ def test_the_choice_is_made_again_when_the_model_changes() -> None:
     assert clip.encoder.name == "reference"
     handle.remove()
     assert clip.encoder.name == "fast"
+
+
+def test_an_adapter_that_is_switched_off_is_checked_as_well() -> None:
+    """Catches a check of branches that are skipped: their gradients are zero, and nothing can be compared with them."""
+    clip = adapted()
+    with disabled(clip.model):
+        assert clip.encoder_choice().encoder.name == "fast", clip.encoder_choice().reason
+        assert all(layer.strength == 0 for layer in lora_layers(clip.model).values())
 
 
 def test_everything_runs_without_the_folder(project_copy: Path) -> None:

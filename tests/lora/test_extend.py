@@ -132,7 +132,7 @@ def test_a_subclass_is_saved_only_if_it_says_how(tmp_path: Path, dora: Any) -> N
         save_adapter(model, tmp_path)
 
     class Forgotten(dora):  # type: ignore[misc]
-        peft_fields = {"peft_type": "LORA", "use_dora": True}
+        peft_fields = {"peft_type": "FORGOTTEN"}
         peft_tensors = LoRALinear.peft_tensors
 
     model, _ = trained(Forgotten)
@@ -151,6 +151,22 @@ def test_a_saved_subclass_reads_back_as_itself(kind: str, tmp_path: Path, dora: 
     assert type(loaded[0]).__name__ == type(model[0]).__name__
     x = torch.randn(5, 12)
     assert torch.equal(loaded(x), model(x))
+
+
+def test_of_two_classes_with_the_same_fields_the_later_is_loaded(tmp_path: Path) -> None:
+    """Catches the class of a notebook cell before it was edited and run again."""
+
+    class First(NamedTanh):
+        peft_fields = {"peft_type": "TWICE"}
+
+    class Second(NamedTanh):
+        peft_fields = {"peft_type": "TWICE"}
+
+    model, _ = trained(First)
+    save_adapter(model, tmp_path)
+    loaded = a_model()
+    load_adapter(loaded, tmp_path)
+    assert type(loaded[0]) is Second
 
 
 def test_peft_refuses_the_file_of_a_method_that_it_does_not_have(tmp_path: Path) -> None:
