@@ -107,8 +107,11 @@ def report(trainer: Trainer, facts: dict[str, Any]) -> None:
     """Measure the unadapted and the adapted model on the validation pairs; read the saved adapter back and compare."""
     clip, folder, pairs = trainer.clip, trainer.folder, trainer.validation_pairs
     clip.model.eval()
+    trained_scale = clip.model.logit_scale.item()
+    clip.model.logit_scale.data.fill_(trainer.base_logit_scale)  # a trained temperature belongs to the adapted model
     with disabled(clip.model):
         before = evaluate(clip, pairs, pairs.split)
+    clip.model.logit_scale.data.fill_(trained_scale)
     after = evaluate(clip, pairs, pairs.split)
     print(f"\n{as_text(comparison(result_rows(before.results, after.results)))}")
     records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

@@ -211,7 +211,7 @@ def load_clip(
             kind.from_pretrained(source, revision=revision or "main") for kind in kinds
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"Cannot load a CLIP from {name!r}: {reason}. Give a reachable name on the Hugging Face Hub, a local "
             "folder with config.json, model.safetensors and the tokenizer, or tiny-clip."

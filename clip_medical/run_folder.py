@@ -143,8 +143,8 @@ def _find_adapter(run: str | Path) -> Path:
         )
     try:
         adapter = Path(snapshot_download(str(run), allow_patterns=list(ADAPTER_FILES)))
-    except (OSError, ValueError) as error:  # HfHubHTTPError and no network are OSErrors, a bad name is a ValueError
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the Hub, the network, a proxy: they have no base class in common
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{run} is neither a local folder nor a readable adapter on the Hub ({reason}). Check the name, the "
             "network and, for a private one, `hf auth login`."

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_medical.config import Config
 from clip_medical.data.augment import augment, draw_views
-from clip_medical.data.cache import Cache, open_cache
+from clip_medical.data.cache import ROOT_VARIABLE, Cache, open_cache
 from clip_medical.data.fragments import fragments
 from clip_medical.data.processor import Processor
 from clip_medical.data.splits import Split
@@ -78,8 +79,13 @@ def _tokens(processor: Processor, captions: list[str], folder: Path) -> tuple[Te
         uncut = processor.tokenizer(full, verbose=False)["input_ids"] if full else []
         cut = sum(len(tokens) > processor.context_length for tokens in uncut)
         part = path.with_suffix(f".{os.getpid()}")
-        save_file({"ids": ids.int(), "lengths": lengths, "cut": torch.tensor(cut)}, part)
-        part.replace(path)
+        try:
+            save_file({"ids": ids.int(), "lengths": lengths, "cut": torch.tensor(cut)}, part)
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} cannot be written ({error}). Set {ROOT_VARIABLE} to a writable folder."
+            ) from error
     stored = load_file(path)
     return stored["ids"].long(), stored["lengths"], int(stored["cut"])
 

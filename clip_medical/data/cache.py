@@ -82,7 +82,10 @@ class Cache:
         with open(self.folder / "pixels.bin", "rb", buffering=0) as file:
             for image, row in zip(images, rows, strict=True):
                 file.seek(int(self.offsets[row]))
-                file.readinto(image[: self.channels[row]].data)
+                if file.readinto(image[: self.channels[row]].data) < self.channels[row] * self.size**2:
+                    raise UserError(
+                        f"{file.name} is shorter than its index says. Delete {self.folder} and start again."
+                    )
                 image[self.channels[row] :] = image[0]  # a grey image among coloured ones
         return images
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
+from threading import Lock
 from typing import Any, NamedTuple
 
 from clip_medical.errors import UserError
@@ -87,7 +88,7 @@ class ImageReader:
 
     def __init__(self, column: str, groups: list[Any], ends: list[int]) -> None:
         self.column, self.groups, self.ends = column, groups, ends  # ends: rows up to and with each row group
-        self._pool = ThreadPoolExecutor(2)
+        self._pool, self._lock = ThreadPoolExecutor(2), Lock()
         self._group = lru_cache(4 + (os.cpu_count() or 1) // 2)(self._submit)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a pickle holds neither threads nor row groups in memory
@@ -95,9 +96,10 @@ class ImageReader:
 
     def __call__(self, row: int) -> Any:
         number = bisect_right(self.ends, row)
-        cells = self._group(number)
-        if number + 1 < len(self.groups):
-            self._group(number + 1)
+        with self._lock:  # else several threads that miss the same row group would each read it
+            cells = self._group(number)
+            if number + 1 < len(self.groups):
+                self._group(number + 1)
         return cells.result()[row - self.ends[number]].as_py()  # a negative index: from the end of the row group
 
     def _submit(self, number: int) -> "Future[Any]":

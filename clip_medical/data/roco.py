@@ -25,6 +25,9 @@ def labels_from_cui(cells: Sequence[Any]) -> dict[str, list[str]]:
     if not any(isinstance(codes, list) for codes in cells):
         return {}
     return {
-        facet: [next((names[code] for code in codes or () if code in names), "") for codes in cells]
+        facet: [
+            next((names[code] for code in (codes if isinstance(codes, list) else ()) if code in names), "")
+            for codes in cells
+        ]
         for facet, names in CODES.items()
     }

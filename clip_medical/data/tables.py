@@ -58,9 +58,9 @@ def _folder(folder: Path, sample: Sample) -> dict[str, Table]:
     for name in (f"metadata{suffix}" for suffix in READERS):
         if (folder / name).is_file():
             return {"": _file(folder / name, sample)}
-        files = {path.parent.name: path for path in sorted(folder.glob(f"*/{name}"))}
-        if files := {split: path for split, path in files.items() if split.lower() in SPLIT_NAMES}:
-            return {split: _file(path, sample) for split, path in by_split(files, str(folder)).items()}
+    found = [path for suffix in READERS for path in sorted(folder.glob(f"*/metadata{suffix}"))]
+    if files := {path.parent.name: path for path in reversed(found) if path.parent.name.lower() in SPLIT_NAMES}:
+        return {split: _file(path, sample) for split, path in by_split(files, str(folder)).items()}
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _datasets(str(folder))
     if shards := [str(path) for path in sorted(folder.rglob("*.parquet"))]:
@@ -165,7 +165,8 @@ def _dataset(source: str, rows: Any) -> Table:
             images[name] = partial(_arrow_cell, column)
         else:
             columns[name] = class_names(feature, column.to_pylist())
-    version = " ".join(file_version(file["filename"]) for file in rows.cache_files)
+    # The fingerprint tells splits apart where the library holds them in memory, without files.
+    version = " ".join([rows._fingerprint, *(file_version(file["filename"]) for file in rows.cache_files)])
     return Table(source, Path(source), columns, images, [f"{version} {row:09}" for row in range(len(rows))])
 
 

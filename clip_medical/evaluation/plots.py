@@ -17,7 +17,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 UNADAPTED, ADAPTED, ACCENT = "#999999", "#0072B2", "#D55E00"  # from the palette of Okabe and Ito
 COLOURS = {"unadapted": UNADAPTED, "adapted": ADAPTED}
-plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110}
+plt.rcParams |= {
+    "text.parse_math": False,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 110,
+}
 
 Hit = tuple[Image.Image, str, bool | None]  # an image, its labels or caption, whether it is correct (None: unknown)
 

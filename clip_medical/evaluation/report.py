@@ -57,9 +57,9 @@ def example_queries(split: Split, count: int = 4) -> list[tuple[str, dict[str, s
     such labels, they are captions of the split, and the dictionaries are empty.
     """
     facets = [split.labels.get(name) for name in ("modality", "anatomy")]
-    if not all(facets):
+    counts = Counter((m, a) for m, a in zip(*facets, strict=True) if m and a) if all(facets) else Counter()
+    if not counts:
         return [(caption, {}) for caption in list(dict.fromkeys(split.captions))[:count]]
-    counts = Counter((m, a) for m, a in zip(*facets, strict=True) if m and a)
     pairs = [pair for pair, _ in counts.most_common()]
     turns = {pair: sum(pair[0] == modality for modality, _ in pairs[:i]) for i, pair in enumerate(pairs)}
     chosen = sorted(pairs, key=turns.__getitem__)[:count]

@@ -114,8 +114,9 @@ class Index:
         tables = []
         for part in self.parts:
             try:
-                tables.append(pa.ipc.open_file(pa.memory_map(str(part))).read_all())
-            except (OSError, pa.ArrowException) as error:
+                columns = [*SCHEMA.names, *(FEATURE + model for model in self.models)]
+                tables.append(pa.ipc.open_file(pa.memory_map(str(part))).read_all().select(columns))
+            except (OSError, KeyError, pa.ArrowException) as error:
                 raise UserError(f"{part} is damaged ({error}). Delete it and add its images again.") from error
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         columns = {model: self.table[FEATURE + model].combine_chunks() for model in self.models if tables}

@@ -94,9 +94,9 @@ def read_run(options: Export) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = Path(options.run)
     weights = folder / "adapter" / WEIGHTS_FILE
     report = read_json(folder / "report.json")
-    if not report or not weights.is_file():
+    if "validation pairs" not in report.get("data", {}) or not weights.is_file():
         raise UserError(
-            f"{folder} is not a complete run: it has no {'adapter' if report else 'report.json'}. "
+            f"{folder} is not a complete run: its adapter or report.json is missing or outdated. "
             f"Choose a run folder of train.py, or complete the run with train.py --output {folder} --resume."
         )
     facts = {section: report[section] for section in ("run", "data", "model", "environment")}
@@ -107,14 +107,14 @@ def read_run(options: Export) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def push(folder: Path, repository: str, confirmed: bool) -> None:
     """List the files of an export, and upload them to the Hub if `confirmed`. Raises UserError if the upload fails."""
-    card = folder / "README.md"
-    write_text(card, card.read_text(encoding="utf-8").replace(f'"{REPOSITORY}"', f'"{repository}"'))
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     for file in files:
         print(f"{file.stat().st_size:>15,} bytes  {file.relative_to(folder).as_posix()}")
     if not confirmed:
         print(f"Nothing was uploaded. Add --yes to upload these {len(files)} files to {repository}.")
         return
+    card = folder / "README.md"
+    write_text(card, card.read_text(encoding="utf-8").replace(f'"{REPOSITORY}"', f'"{repository}"'))
     try:
         hub = HfApi()
         hub.create_repo(repository, private=True, exist_ok=True)

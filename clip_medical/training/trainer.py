@@ -56,6 +56,7 @@ class Trainer:
             processes = distributed.world_size()
             raise UserError(f"--batch-size {config.batch_size} is not a multiple of the {processes} processes.")
         self.pairs_per_process = config.batch_size // distributed.world_size()
+        self.base_logit_scale: float = clip.model.logit_scale.item()
         self.precision = str(clip.dtype).removeprefix("torch.")
         # the circumstances that a plan is made for: with others, --resume makes a new one
         self.plan_for = [config.chunk_size, config.checkpointing, distributed.world_size(), clip.device.type]
