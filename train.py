@@ -31,7 +31,7 @@ from clip_medical.training.logging import METRICS
 from clip_medical.training.loss import info_nce
 from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.trainer import Trainer
-from lora import LoRALinear, count_parameters, disabled, inject
+from lora import LoRALinear, count_parameters, inject
 
 
 def run(preset: str, config: Config) -> int:
@@ -107,12 +107,9 @@ def report(trainer: Trainer, facts: dict[str, Any]) -> None:
     """Measure the unadapted and the adapted model on the validation pairs; read the saved adapter back and compare."""
     clip, folder, pairs = trainer.clip, trainer.folder, trainer.validation_pairs
     clip.model.eval()
-    trained_scale = clip.model.logit_scale.item()
-    clip.model.logit_scale.data.fill_(trainer.base_logit_scale)  # a trained temperature belongs to the adapted model
-    with disabled(clip.model):
-        before = evaluate(clip, pairs, pairs.split)
-    clip.model.logit_scale.data.fill_(trained_scale)
-    after = evaluate(clip, pairs, pairs.split)
+    # The base is loaded again, not made by disabling the adapter: a trained temperature would remain in it.
+    base = load_clip(clip.name, clip.device, clip.dtype, clip.revision, trainer.config.encoder)
+    before, after = evaluate(base, pairs), evaluate(clip, pairs)
     print(f"\n{as_text(comparison(result_rows(before.results, after.results)))}")
     records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     losses = [record["loss"] for record in records]

@@ -46,9 +46,9 @@ class ReferenceEncoder:
 
 
 class Sample(NamedTuple):
-    """A few inputs on which encoders are compared, in the model's dtype and on its device."""
+    """A few inputs on which encoders are compared."""
 
-    pixel_values: Tensor  # (n, 3, S, S), normalised
+    pixel_values: Tensor  # (n, 3, S, S), normalised, on the model's device
     ids: Tensor  # (m, L)
     lengths: Tensor  # (m,)
 

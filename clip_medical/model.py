@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -82,10 +83,11 @@ class Clip:
         """The encoder and the reason for it; with `sample`, chosen anew on these inputs."""
         # what the choice depends on, besides the numbers; the fast encoder itself replaces activation functions
         structure = [
-            (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), "forward" in vars(m))
+            (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks),
+             len(m._backward_pre_hooks), getattr(m, "dropout", 0), "forward" in vars(m))
             for name, m in self.model.named_modules()
             if not name.endswith("activation_fn")
-        ]
+        ]  # fmt: skip
         if self._choice is None or sample is not None or structure != self._chosen_for:
             self._choice = choose_encoder(self.model, self.requested_encoder, sample or self._random_sample())
             self._chosen_for = structure
@@ -210,7 +212,7 @@ def load_clip(
         model, tokenizer, image_processor = (
             kind.from_pretrained(source, revision=revision or "main") for kind in kinds
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, damaged, or of other shapes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"Cannot load a CLIP from {name!r}: {reason}. Give a reachable name on the Hugging Face Hub, a local "

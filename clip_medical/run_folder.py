@@ -57,10 +57,11 @@ def _refuse_another_run(folder: Path, config: Config) -> None:
     stored = read_json(folder / "config.json")
     for name, value in json.loads(json.dumps(asdict(config))).items():
         if name not in RESUME_MAY_CHANGE and name in stored and stored[name] != value:
-            flag = "--" + name.replace("_", "-")
+            old = stored[name]
+            flag = ("--no-" if old is False else "--") + name.replace("_", "-")
+            given = "" if isinstance(old, bool) else " " + (" ".join(old) if isinstance(old, list) else str(old))
             raise UserError(
-                f"The run in {folder} has {flag} {stored[name]}, not {value}. "
-                f"Resume it with {flag} {stored[name]}, or start a new run."
+                f"The run in {folder} has {flag}{given}, not {value}. Resume it with {flag}{given}, or start a new run."
             )
 
 

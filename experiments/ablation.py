@@ -100,7 +100,7 @@ def shape_pairs(clip: Clip) -> Pairs:
 
 
 def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor) -> Clip:
-    """Train the unadapted model on `rows` of the training pairs, as train.py does."""
+    """Train the unadapted model on `rows` of the training pairs as train.py does, with InfoNCE, in one chunk."""
     config, steps = replace(bench.config, lr=lr), bench.config.steps or 0
     torch.manual_seed(config.seed)
     clip = bench.base()

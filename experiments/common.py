@@ -4,6 +4,12 @@ An experiment measures the adapted model of a run, and beside it the unadapted m
 prints a table and writes NAME.json (with command, seed, versions and hardware) and NAME.png. To add one, write a
 subclass of Experiment in experiments/NAME.py; `python -m experiments.NAME --run runs/x` then works:
 
+    import sys
+    from clip_medical.data.batches import Pairs
+    from clip_medical.evaluation.encode import encode
+    from clip_medical.model import Clip
+    from experiments.common import Experiment, Reports, main, share
+
     class Cosine(Experiment):
         \"""Mean cosine similarity of matching pairs.\"""  # shown by --help
 

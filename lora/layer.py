@@ -71,8 +71,9 @@ class LoRALinear(nn.Module):
     Raises: LoRAError for a base that is not a floating-point nn.Linear, or a setting out of range.
 
     To extend: subclass, override `forward`, and give the class to `inject(model, layer=...)`. Parameters that it adds
-    are trained, counted and kept in checkpoints by themselves. Two more things are optional. Override `delta_weight` to
-    match the new forward, and `merged` works. State `peft_fields`, and `save_adapter` works.
+    are trained, counted and kept in checkpoints by themselves. At strength 0 it has to be its base. Override
+    `delta_weight` to match the new forward, and `merged` works. State `peft_fields`, and `peft_tensors` where it adds
+    parameters, and `save_adapter` works, which train.py needs.
     """
 
     # How PEFT's files hold this layer: the tensor of each parameter, and the fields of adapter_config.json that say so.

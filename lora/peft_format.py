@@ -122,7 +122,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], type[LoRALin
     for field, value in config.items():  # peft_type comes first: it explains all the rest
         known = (field, value) in kind.peft_fields.items() or field in USED or field in NOTES
         if not known and value not in HARMLESS.get(field, EMPTY):
-            raise LoRAError(f"{folder} asks for {field} = {value!r}, which is not implemented here: load it with PEFT")
+            raise LoRAError(
+                f"{folder} asks for {field} = {value!r}: load it with PEFT, or import its layer class first"
+            )
     return config, tensors, kind
 
 

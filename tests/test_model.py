@@ -13,7 +13,6 @@ from clip_medical.data.synthetic.phantoms import phantom
 from clip_medical.data.synthetic.shapes import SHAPES, scene
 from clip_medical.errors import UserError
 from clip_medical.model import TINY, Clip, weights_fingerprint
-from lora import LoRALinear, inject
 from tests.encoders import ENCODERS
 
 CAPTIONS = ["knee", "A large cyst on the left side on axial CT of the chest, lung window.", "an MRI", "x " * 200]
@@ -76,19 +75,6 @@ def test_training_features_carry_gradients(clip: Clip, images: list[Image.Image]
     features = clip.image_features(pixels), clip.text_features(*clip.processor.tokens(CAPTIONS))
     assert all(each.requires_grad for each in features)
     assert not clip.encode_images(images).requires_grad and not clip.encode_texts(CAPTIONS).requires_grad
-
-
-def test_a_change_of_the_model_is_followed_by_a_new_choice_of_encoder() -> None:
-    """Catches a hook that the fast encoder would ignore because it was chosen before."""
-    pytest.importorskip("clip_medical.fast")
-    clip = load_clip()
-    inject(clip.model)
-    assert clip.encoder.name == "fast"
-    layer = next(module for module in clip.model.modules() if isinstance(module, LoRALinear))
-    handle = layer.register_forward_hook(lambda layer, inputs, output: 2 * output)
-    assert clip.encoder.name == "reference"
-    handle.remove()
-    assert clip.encoder.name == "fast"
 
 
 def test_the_fingerprint_is_that_of_the_published_weights() -> None:

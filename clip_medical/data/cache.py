@@ -82,7 +82,7 @@ class Cache:
         with open(self.folder / "pixels.bin", "rb", buffering=0) as file:
             for image, row in zip(images, rows, strict=True):
                 file.seek(int(self.offsets[row]))
-                if file.readinto(image[: self.channels[row]].data) < self.channels[row] * self.size**2:
+                if file.readinto(image[: self.channels[row]].data) < int(self.channels[row]) * self.size**2:
                     raise UserError(
                         f"{file.name} is shorter than its index says. Delete {self.folder} and start again."
                     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_medical.evaluation.retrieval import binomial_interval, percentile_interval
+from clip_medical.evaluation.retrieval import binomial_interval, bootstrap_interval, percentile_interval
 
 
 def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequence[str]) -> dict[str, Any]:
@@ -52,7 +52,8 @@ def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequenc
         return {"value": statistic(rows), "low": low, "high": high, "chance": chance}
 
     report: dict[str, Any] = {"n": len(rows), "classes": list(classes)}
-    report["accuracy"] = measure(lambda drawn: float(hits[drawn].mean()), 1 / len(classes))
+    low, high = bootstrap_interval(torch.from_numpy(hits))
+    report["accuracy"] = {"value": float(hits.mean()), "low": low, "high": high, "chance": 1 / len(classes)}
     report["balanced_accuracy"] = measure(balanced_accuracy, 1 / len(classes))
     if len(present) > 1:
         report["auroc"] = measure(mean_auroc, 0.5)

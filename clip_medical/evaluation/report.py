@@ -40,14 +40,14 @@ class Evaluation:
     queries: Tensor  # (Q, D) features of the texts of `example_queries`
 
 
-def evaluate(clip: Clip, pairs: Pairs, split: Split) -> Evaluation:
+def evaluate(clip: Clip, pairs: Pairs) -> Evaluation:
     """Measure retrieval over the whole pool of `pairs`, and zero-shot accuracy for each facet of their `split`."""
     images, texts = encode(clip, pairs)
     results = {
         "retrieval": retrieval_report(images, texts, pairs.caption_ids, pairs.image_ids, ks=(1, 5, 10)),
-        "zero_shot": zero_shot_report(clip, images, split.labels),
+        "zero_shot": zero_shot_report(clip, images, pairs.split.labels),
     }
-    return Evaluation(results, images, clip.encode_texts([query for query, _ in example_queries(split)]))
+    return Evaluation(results, images, clip.encode_texts([query for query, _ in example_queries(pairs.split)]))
 
 
 def example_queries(split: Split, count: int = 4) -> list[tuple[str, dict[str, str]]]:

@@ -217,7 +217,7 @@ def retrieval_report(
         metrics = {f"recall@{k}": recall_metric(k) for k in ks if k < min(sizes)} | METRICS
         report[way] = {"queries": len(rank), "pool": min(sizes)}
         for name, metric in metrics.items():
-            report[way][name] = _mean(metric(rank), group, metric(positions) @ probability)
+            report[way][name] = _mean(metric(rank), group, metric(positions).double() @ probability)
         median = float(np.median(rank.numpy())) + 1
         report[way]["median_rank"] = {"value": median, "chance": int((chance < 0.5).sum()) + 1}
     return report

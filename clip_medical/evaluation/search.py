@@ -119,8 +119,8 @@ class Index:
             except (OSError, KeyError, pa.ArrowException) as error:
                 raise UserError(f"{part} is damaged ({error}). Delete it and add its images again.") from error
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        columns = {model: self.table[FEATURE + model].combine_chunks() for model in self.models if tables}
-        self.features = {m: torch.tensor(c.flatten().to_numpy()).view(len(c), -1) for m, c in columns.items()}
+        features = {model: self.table[FEATURE + model].combine_chunks() for model in self.models if tables}
+        self.features = {m: torch.tensor(f.flatten().to_numpy()).view(len(f), -1) for m, f in features.items()}
 
     def add(self, items: Iterable[Item], progress: Callable[[int], Any] = lambda count: None) -> Added:
         """Add the images that the index does not have yet. progress: called with the number of images processed."""

@@ -58,13 +58,10 @@ def unsupported(model: CLIPModel) -> str:
             return f"forward of {name or 'the model'} was replaced"
         if isinstance(module, LoRALinear) and type(module) is not LoRALinear:
             return f"{name} is a {type(module).__name__}, a subclass of LoRALinear"
-        if isinstance(module, LoRALinear) and module.dropout > 0:
-            return "LoRA dropout is on, and captions that share a token would share its mask"
+        if getattr(module, "dropout", 0):
+            return f"dropout is on in {name}, and captions that share a token would share its mask"
         if not type(module).__module__.startswith(OURS):
             return f"{name} is a {type(module).__name__}, a layer that CLIP does not have"
-    config: Any = model.config
-    if config.text_config.attention_dropout > 0 or config.vision_config.attention_dropout > 0:
-        return "attention dropout is on"
     return ""
 
 

@@ -20,6 +20,7 @@ from clip_medical.config import Config
 from clip_medical.data.batches import Epoch
 from clip_medical.errors import UserError
 from clip_medical.model import Clip
+from clip_medical.run_folder import STATE
 from clip_medical.training.grad_cache import WHOLE, random_state, restore
 from clip_medical.training.loss import BLOCK
 
@@ -106,7 +107,8 @@ def explain_out_of_memory(trainer: Any) -> Iterator[None]:
         flags += [] if plan.checkpointing else ["--checkpointing on"]
         raise UserError(
             f"Out of memory in step {trainer.done + 1} with {pairs} pairs {plan.describe(pairs)}. "
-            f"Give {' or '.join(flags)}, which leaves the loss as it is. --resume continues from the last checkpoint."
+            f"Give {' or '.join(flags)}, which leaves the loss as it is"
+            f"{'. --resume continues from the last checkpoint.' if (trainer.folder / STATE).is_file() else '.'}"
         ) from error
 
 

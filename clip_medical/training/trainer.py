@@ -56,7 +56,6 @@ class Trainer:
             processes = distributed.world_size()
             raise UserError(f"--batch-size {config.batch_size} is not a multiple of the {processes} processes.")
         self.pairs_per_process = config.batch_size // distributed.world_size()
-        self.base_logit_scale: float = clip.model.logit_scale.item()
         self.precision = str(clip.dtype).removeprefix("torch.")
         # the circumstances that a plan is made for: with others, --resume makes a new one
         self.plan_for = [config.chunk_size, config.checkpointing, distributed.world_size(), clip.device.type]
@@ -78,6 +77,8 @@ class Trainer:
                 clip.set_checkpointing(self.plan.checkpointing)
                 batch = next(self._batches())
                 self.chance = flight_check(clip, batch, self.loss, self.optimizer, self.plan, self.steps)
+                if clip.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()  # the checks hold copies of the model
                 if distributed.rank() == 0:
                     settings = json.dumps(asdict(self.config) | {"preset": preset}, indent=2)
                     write_text(make_folder(self.folder) / "config.json", settings + "\n")

@@ -1,1 +1,1 @@
-"""Speed and memory of this project: training beside peft (`__main__`), image loading, retrieval, large batches."""
+"""Speed and memory of this project: training beside peft (`__main__`), and memory over growing batches (`memory`)."""

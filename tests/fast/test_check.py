@@ -56,7 +56,7 @@ def unknown() -> Clip:
 
 def attention_dropout() -> Clip:
     clip = adapted()
-    clip.model.config.text_config.attention_dropout = 0.1
+    clip.model.text_model.encoder.layers[1].self_attn.dropout = 0.1  # where the configuration puts it
     return clip
 
 
@@ -64,8 +64,8 @@ REASONS: dict[str, Callable[[], Clip]] = {
     "a hook is registered on vision_model.encoder.layers.1": hooked,
     "forward of text_model.encoder.layers.0.mlp was replaced": replaced,
     "is a Doubled, a subclass of LoRALinear": lambda: adapted(layer=Doubled),
-    "LoRA dropout is on": lambda: adapted(dropout=0.1),
-    "attention dropout is on": attention_dropout,
+    "dropout is on in text_model.encoder.layers.0.self_attn.v_proj": lambda: adapted(dropout=0.1),
+    "dropout is on in text_model.encoder.layers.1.self_attn": attention_dropout,
     "vision_model.encoder.layers.0.layer_norm1 is a Scaled": unknown,
 }
 
@@ -120,15 +120,23 @@ def test_the_check_leaves_the_model_as_it_was() -> None:
     assert all(p.grad is None for p in clip.model.parameters()) and torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_choice_is_made_again_when_the_model_changes() -> None:
-    """Catches a hook, a subclass or an adapter that comes after the first encoding and is overlooked."""
+CHANGES: dict[str, Callable[[LoRALinear], object]] = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    "subclass": lambda layer: setattr(layer, "__class__", Doubled),
+    "dropout": lambda layer: setattr(layer, "dropout", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_choice_is_made_again_when_the_model_changes(change: str) -> None:
+    """Catches an adapter, a hook, a subclass or dropout that comes after the first encoding and is overlooked."""
     clip = load_clip()
-    assert clip.encoder.name == "fast"
+    first = clip.encoder_choice()
     inject(clip.model)
-    handle = clip.model.visual_projection.register_forward_hook(lambda *_: None)
+    assert clip.encoder_choice() is not first and clip.encoder.name == "fast"
+    CHANGES[change](next(iter(lora_layers(clip.model).values())))
     assert clip.encoder.name == "reference"
-    handle.remove()
-    assert clip.encoder.name == "fast"
 
 
 def test_an_adapter_that_is_switched_off_is_checked_as_well() -> None:

@@ -201,7 +201,7 @@ def test_loading_keeps_mode_and_base(folder: Path, training: bool) -> None:
     [
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
         ({"peft_type": "DELETE"}, "peft_type = None"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_qalora": True}, "use_qalora"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"modules_to_save": ["classifier"]}, "modules_to_save"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
