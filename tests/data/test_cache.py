@@ -336,17 +336,18 @@ def test_two_processes_create_one_cache(tmp_path: Path) -> None:
     assert len(np.unique(Cache(folder, SIZE).image_ids)) == 90
 
 
-def test_waiting_for_another_process_is_reported(capsys: pytest.CaptureFixture[str], own_root: Path) -> None:
+def test_waiting_for_another_process_is_reported(monkeypatch: pytest.MonkeyPatch, own_root: Path) -> None:
     """Catches a silent wait of minutes, and one that does not end when the other process is done."""
-    split, message, deadline = make_split(4), "", time.monotonic() + 20
+    split, output, deadline = make_split(4), io.StringIO(), time.monotonic() + 20
+    monkeypatch.setattr(sys, "stderr", output)  # capsys may lose what another thread prints while it is read
     own_root.mkdir()
     with ThreadPoolExecutor(1) as pool:
         with FileLock(own_root / f"{cache_key(split, SIZE)}.lock"):
             waiting = pool.submit(open_cache, split, SIZE, "training")
-            while not message and not waiting.done() and time.monotonic() < deadline:
-                message = capsys.readouterr().err
+            while not output.getvalue() and not waiting.done() and time.monotonic() < deadline:
+                time.sleep(0.01)
         check(waiting.result(), [0, 1, 2, 3])
-    assert "training images are being read by another process" in message
+    assert "training images are being read by another process" in output.getvalue()
 
 
 def test_about_describes_the_cache() -> None:

@@ -338,7 +338,7 @@ def test_faulty_files(tmp_path: Path, name: str, text: str | bytes, message: str
         (
             "twice",
             ["train/metadata.csv", "val/metadata.csv", "dev/metadata.csv"],
-            "dev, train, val. Expected one train",
+            "val, train, dev. Expected one train",
         ),
         ("gone", [], "no such file or folder"),
     ],

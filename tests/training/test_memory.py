@@ -4,6 +4,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,9 +145,9 @@ def test_memory_grows_with_the_chunk_and_not_with_the_batch() -> None:
     assert peaks[8, 64] > 1.5 * peaks[4, 64]
 
 
-def test_out_of_memory_is_a_user_error_with_the_flags_that_help() -> None:
-    """Catches a traceback of the allocator, and another RuntimeError reported as lack of memory."""
-    trainer = SimpleNamespace(plan=Plan(64), done=6, pairs_per_process=128)
+def test_out_of_memory_is_a_user_error_with_the_flags_that_help(tmp_path: Path) -> None:
+    """Catches a traceback of the allocator, and --resume recommended where there is no checkpoint."""
+    trainer = SimpleNamespace(plan=Plan(64), done=6, pairs_per_process=128, folder=tmp_path)
     with (
         pytest.raises(UserError, match="step 7.*--chunk-size 32 or --checkpointing on"),
         explain_out_of_memory(trainer),
@@ -155,7 +156,11 @@ def test_out_of_memory_is_a_user_error_with_the_flags_that_help() -> None:
     trainer.plan = Plan(WHOLE, checkpointing=True)
     with pytest.raises(UserError, match="--chunk-size 64, which") as caught, explain_out_of_memory(trainer):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert "--checkpointing on" not in str(caught.value)
+    assert "--checkpointing on" not in str(caught.value) and "--resume" not in str(caught.value)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state.pt").touch()
+    with pytest.raises(UserError, match="--resume continues"), explain_out_of_memory(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(trainer):
         raise RuntimeError("shapes do not match")
 
