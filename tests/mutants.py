@@ -260,6 +260,8 @@ MUTANTS = [
            ONNX, "if not difference < TOLERANCE:", "if False:",
            "export/test_onnx.py::test_an_encoder_that_differs_is_not_saved"),
 ]  # fmt: skip
+# clip_medical/fast may be deleted
+MUTANTS = [mutant for mutant in MUTANTS if (ROOT / mutant.file).parent.is_dir()]
 
 
 def misfits() -> list[str]:

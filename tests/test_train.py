@@ -21,7 +21,10 @@ from torch import Tensor
 import train
 from clip_medical import load_clip, load_run
 from clip_medical.config import PRESETS, Config
+from clip_medical.data.batches import prepare
+from clip_medical.data.dataset import load_data
 from clip_medical.errors import UserError
+from clip_medical.evaluation.report import evaluate
 from clip_medical.model import Clip
 from clip_medical.run_folder import choose_folder
 from clip_medical.training import trainer as trainer_module
@@ -87,7 +90,11 @@ def test_the_unadapted_row_is_the_base_and_the_adapted_row_is_not(finished: Path
     assert any(tensor.any() for name, tensor in adapter(finished).items() if "lora_B" in name)
     assert (load_clip().encode_images(images) - load_run(finished).encode_images(images)).abs().max() > 1e-4
     report = json.loads((finished / "report.json").read_text())
-    assert report["unadapted"] != report["adapted"]
+    config = Config(**{k: v for k, v in json.loads((finished / "config.json").read_text()).items() if k != "preset"})
+    base = load_clip()
+    data = load_data(config.data, limit=config.limit, seed=config.seed)
+    results = json.loads(json.dumps(evaluate(base, prepare(base, data.validation, "validation")).results))
+    assert report["unadapted"] == results != report["adapted"]
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ from experiments.benchmark import __main__ as training_command
 from experiments.benchmark import contenders, measure, memory, training
 from experiments.benchmark.contenders import CONTENDERS, Task
 from experiments.benchmark.inputs import write_rows
+from tests.encoders import ENCODERS
 
 CPU = torch.device("cpu")
+needs_the_fast_encoder = pytest.mark.skipif("fast" not in ENCODERS, reason="clip_medical/fast is deleted")
 Perform = Callable[..., dict[str, Any]]  # kind of benchmark, its flags -> the JSON that it writes
 
 
@@ -86,6 +88,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(kind: type[measure.Be
         kind(output=str(tmp_path / "file" / "x")).perform()
 
 
+@needs_the_fast_encoder
 def test_contenders_with_an_adapter_have_the_same_losses(tmp_path: Path) -> None:
     """Catches contenders that differ in more than speed: in A, the batches, the loss, the optimizer or the gradient."""
     rows = write_rows(tmp_path, 9, load_clip().processor.tokenizer, seed=0)
@@ -111,6 +114,7 @@ def test_images_and_captions_are_those_of_rocov2(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@needs_the_fast_encoder
 def test_the_training_benchmark_runs(perform: Perform, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a benchmark that no longer fits the code it measures, and a row that one contender lacks."""
     results = perform(training_command.Training, "--batch-size", 2, "--images", 4, "--repeats", 2)

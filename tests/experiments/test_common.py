@@ -2,17 +2,16 @@
 
 import json
 import shutil
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from clip_medical import load_clip, load_run
-from clip_medical.data.batches import Pairs
-from clip_medical.evaluation.encode import encode
-from clip_medical.model import Clip
-from experiments.common import Experiment, Reports, share
+from experiments import common
 from experiments.recall import Recall
 from tests.experiments.tools import Command, results
 
@@ -87,19 +86,12 @@ def test_changed_data_of_the_run_are_refused(
     assert command("recall", "--run", run, "--data", "phantoms", "--limit", 12) == 0  # other data are the user's choice
 
 
-class Cosine(Experiment):
-    """Mean cosine similarity of matching pairs."""
-
-    name = "cosine"
-
-    def measure(self, clip: Clip, pairs: Pairs) -> Reports:
-        images, texts = encode(clip, pairs)
-        return {"pairs": {"cosine_similarity": share((images * texts).sum(dim=1)), "n": len(pairs)}}
-
-
 def test_the_skeleton_of_the_docstring_is_an_experiment(finished: Path, tmp_path: Path) -> None:
-    """Catches a new experiment that needs more than a subclass with `measure`."""
-    experiment = Cosine(run=str(finished), output=str(tmp_path), limit=12)
+    """Catches a new experiment that needs more than a subclass with `measure`, and a skeleton that does not run."""
+    skeleton = textwrap.dedent(str(common.__doc__).partition(":\n\n")[2].rpartition("\n\nWith")[0])
+    names: dict[str, Any] = {"__name__": "experiments.cosine"}
+    exec(skeleton, names)
+    experiment = names["Cosine"](run=str(finished), output=str(tmp_path), limit=12)
     assert experiment.perform() == 0
     content = results(tmp_path, "cosine")
     assert content["data"]["validation pairs"] == 12

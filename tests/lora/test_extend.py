@@ -15,6 +15,7 @@ from lora import (
     LoRALinear,
     adapter_parameters,
     count_parameters,
+    disabled,
     inject,
     load_adapter,
     merge,
@@ -104,6 +105,8 @@ def test_merged_computes_what_the_subclass_computed(dora: Any) -> None:
     model, _ = trained(dora)
     x, layer = torch.randn(5, 12), first_layer(model)
     before = model(x)
+    with disabled(model):  # strength 0 is the base, for the layer and for its weight
+        assert torch.equal(layer(x), layer.base(x)) and not layer.delta_weight().any()
     torch.testing.assert_close(merged(layer)(x), layer(x))
     merge(model)
     torch.testing.assert_close(model(x), before)

@@ -1,6 +1,9 @@
 """InfoNCE: what it must equal, and the mistakes that a falling loss curve would not show."""
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from clip_medical import info_nce
 from clip_medical.training import loss as loss_module
 from clip_medical.training.loss import chance_level, same_rows
 from tests.training.tools import sigmoid_loss
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def features(seed: int, n: int = 8, d: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +41,17 @@ def test_the_chance_level_is_that_of_the_loss_and_its_positives() -> None:
     logit = math.exp(2) - 2  # of every pair, positive or not
     expected = math.log1p(math.exp(-logit)) + 7 * math.log1p(math.exp(logit))
     assert chance_level(sigmoid_loss, scale, diagonal) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_that_contributing_prints() -> None:
+    """Catches an example that does not run, or whose formula is not that of the paper."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(next(block for block in blocks if "def siglip" in block), names)
+    same = torch.eye(2)
+    value = names["siglip"](same, same, torch.tensor(0.0), torch.eye(2, dtype=torch.bool))
+    by_hand = math.log1p(math.exp(9)) + math.log1p(math.exp(-10))  # logits 1 - 10 on the diagonal, 0 - 10 beside it
+    assert value.item() == pytest.approx(by_hand, rel=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 8, 24, 40, 63])
