@@ -109,11 +109,12 @@ def test_gradients_of_a_token_row_that_captions_share_are_summed_in_fp32(on_gpu:
     pytest.importorskip("clip_medical.fast")
     code = """
 import torch
-from clip_medical.fast.packed import unpack
+from clip_medical.fast.packed import Group, unpack
 
 captions = 1000
 rows = torch.ones(1, 2, 4, dtype=torch.bfloat16, device="cuda", requires_grad=True)  # (T, heads, d)
-unpack(rows, torch.zeros(captions, dtype=torch.long, device="cuda"), captions).sum().backward()
+gather, valid = torch.zeros(captions, dtype=torch.long), torch.ones(captions, 1, 1, 1, dtype=torch.bool)
+unpack(rows, Group(gather.cuda(), valid.cuda())).sum().backward()
 print(rows.grad.min().item(), rows.grad.max().item())
 """
     assert [float(value) for value in on_gpu("-c", code).split()] == [1000, 1000]

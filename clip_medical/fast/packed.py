@@ -26,13 +26,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
-class Packing(NamedTuple):
-    """Where the T rows of a packed batch stand in the padded batch of N distinct captions, L tokens each."""
+class Group(NamedTuple):
+    """n captions of similar length as a padded batch, L tokens each."""
 
-    gather: Tensor  # (N * L,) row of each place of the padded batch; some row in the padding, which no token attends to
-    scatter: Tensor  # (T,) place of the padded batch that each row is read from
-    valid: Tensor  # (N, 1, 1, L) bool, False in the padding
-    end: Tensor  # (N,) row of each caption's end token
+    gather: Tensor  # (n * L,) packed row of each place of the batch; some row in the padding, which no token attends to
+    valid: Tensor  # (n, 1, 1, L) bool, False in the padding
+
+
+class Packing(NamedTuple):
+    """Where the T rows of N distinct captions stand in the padded batches in which attention mixes them."""
+
+    groups: list[Group]  # the shorter half of the captions, then the longer half: less padding than in one batch
+    scatter: Tensor  # (T,) place that each row is read from, counted through all groups
+    end: Tensor  # (N,) row of each caption's end token, in the order of the groups
 
 
 IMAGES = object()  # passed as `packing` for images, which are all of one length
@@ -51,9 +57,17 @@ def pack(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Packing, Tensor]
     new[1:] &= (ids[1:] == ids[:-1]).cumprod(dim=1) == 0
     # A shared token takes the row of the nearest caption above that has a row in its column.
     row = torch.where(new, new.flatten().cumsum(0).view_as(new) - 1, 0).cummax(dim=0).values
-    end = row.gather(1, valid.sum(dim=1, keepdim=True) - 1).flatten()
-    packing = Packing(row.flatten(), new.flatten().nonzero().flatten(), valid[:, None, None], end)
-    return ids[new], columns.expand_as(new)[new], packing, inverse
+    lengths = valid.sum(dim=1)
+    order, groups, places = lengths.argsort(), list[Group](), 0
+    scatter = torch.empty(int(new.sum()), dtype=torch.long)
+    for part in order.chunk(2):
+        length = int(lengths[part].max())
+        gather, own = row[part, :length].flatten(), new[part, :length].flatten().nonzero().flatten()
+        scatter[gather[own]] = places + own
+        groups.append(Group(gather, valid[part, None, None, :length]))
+        places += len(gather)
+    packing = Packing(groups, scatter, row.gather(1, lengths[:, None] - 1).flatten()[order])
+    return ids[new], columns.expand_as(new)[new], packing, order.argsort()[inverse]
 
 
 def packed_attention(
@@ -66,10 +80,18 @@ def packed_attention(
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    causal, scale = packing is not IMAGES, options["scaling"]
-    if causal:
-        captions = len(packing.valid)
-        query, key, value = (unpack(x[0].transpose(0, 1), packing.gather, captions) for x in (query, key, value))
+    if packing is IMAGES:
+        return attend(module, query, key, value, options["scaling"]), None
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    mixed = [
+        attend(module, *(unpack(x, group) for x in rows), options["scaling"], causal=True).flatten(0, 1)
+        for group in packing.groups
+    ]
+    return torch.cat(mixed).index_select(0, packing.scatter)[None], None
+
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> Tensor:
+    """softmax(scale * query key^T) value, (N, heads, L, d) each -> (N, L, heads, d)."""
     if module.training and query.device.type == "cpu" and query.dtype.itemsize == 2:
         # The backward pass of torch's fused kernel takes six times as long in half precision on a CPU.
         scores = (scale * query) @ key.mT
@@ -79,22 +101,21 @@ def packed_attention(
         mixed = scores.softmax(dim=-1) @ value
     else:
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
-    mixed = mixed.transpose(1, 2)  # (N, L, heads, d)
-    return (mixed.flatten(0, 1).index_select(0, packing.scatter)[None] if causal else mixed), None
+    return mixed.transpose(1, 2)
 
 
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def unpack(rows: Tensor, gather: Tensor, captions: int) -> Tensor:
-    """Repeat shared rows, (T, heads, d) -> (N, heads, L, d).
+def unpack(rows: Tensor, group: Group) -> Tensor:
+    """The captions of a group, shared rows repeated: (T, heads, d) -> (n, heads, L, d).
 
     The backward pass adds up the gradients of a shared row. It does so in fp32: in bf16 a sum of ones stays at 256,
     and every caption shares the start token. On a CPU torch already accumulates in fp32.
     """
     wide = rows if rows.device.type == "cpu" else rows.float()
-    padded: Tensor = wide.index_select(0, gather).to(rows.dtype).unflatten(0, (captions, -1))
+    padded: Tensor = wide.index_select(0, group.gather).to(rows.dtype).unflatten(0, (len(group.valid), -1))
     return padded.transpose(1, 2)
 
 
@@ -134,7 +155,8 @@ class PackedEncoder:
         weight = tower.embeddings.token_embedding.weight
         tokens, positions, packing, inverse = pack(ids.cpu(), lengths.cpu())
         tokens, positions, inverse = (to_device(each, weight.device) for each in (tokens, positions, inverse))
-        packing = Packing(*(to_device(each, weight.device) for each in packing))
+        groups = [Group(*(to_device(each, weight.device) for each in group)) for group in packing.groups]
+        packing = Packing(groups, *(to_device(each, weight.device) for each in packing[1:]))
         hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(positions)
         hidden = hidden[None]  # (1, T, width): the packed batch is one sequence to all that is not attention
         *layers, last = tower.encoder.layers
@@ -155,12 +177,15 @@ def last_layer(layer: Any, hidden: Tensor, pooled: Tensor, packing: Packing | No
     key, value = (projection(normed) for projection in (attention.k_proj, attention.v_proj))
     key, value = (rows.unflatten(-1, (attention.num_heads, -1)) for rows in (key, value))
     if packing is None:
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        batches = [(query, key.transpose(1, 2), value.transpose(1, 2), None)]
     else:
-        key, value = (unpack(rows[0], packing.gather, len(packing.valid)) for rows in (key, value))
-    valid = None if packing is None else packing.valid
-    mixed = F.scaled_dot_product_attention(query, key, value, valid, scale=attention.scale)  # (N, heads, 1, d)
-    pooled = pooled + attention.out_proj(mixed.flatten(1))
+        queries = query.split([len(group.valid) for group in packing.groups])
+        batches = [
+            (each, unpack(key[0], group), unpack(value[0], group), group.valid)
+            for each, group in zip(queries, packing.groups, strict=True)
+        ]
+    mixed = [F.scaled_dot_product_attention(*batch, scale=attention.scale).flatten(1) for batch in batches]
+    pooled = pooled + attention.out_proj(torch.cat(mixed))
     result: Tensor = pooled + layer.mlp(layer.layer_norm2(pooled))
     return result
 

@@ -24,7 +24,7 @@ from experiments.benchmark.measure import Benchmark, fresh_process, main, number
 from experiments.benchmark.memory import CHUNK, train
 from experiments.benchmark.training import inference, peaks, training
 
-CHUNKED = (256, 1024, 8192)  # batch sizes
+CHUNKED = (256, 1024)  # batch sizes
 
 
 @dataclass(frozen=True)
