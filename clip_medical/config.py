@@ -5,7 +5,7 @@ generated from this file: each field is a flag, its type is checked, and the com
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from clip_medical.errors import UserError
 
@@ -14,9 +14,9 @@ from clip_medical.errors import UserError
 class Config:
     """Adapt a CLIP to radiology with LoRA, and compare it with the unadapted model."""
 
-    # Training data: "phantoms" (synthetic), a folder of images with metadata.csv, a CSV, TSV or JSONL of image path
-    # and caption, Parquet, or a data set on the Hugging Face Hub. Given without a preset, the other flags have
-    # defaults for real images (--lr 2e-3, --epochs 14, --fragments 4, fixed temperature).
+    # Training data: "phantoms" (synthetic), a folder of images with metadata.csv or in one of many other layouts, a
+    # table of image path and caption, Parquet, zip, tar, or a data set on the Hugging Face Hub. Given without a
+    # preset, the other flags have defaults for real images (--lr 2e-3, --epochs 14, --fragments 4, fixed temperature).
     data: str = "phantoms"
     # Commit, tag or branch of a data set on the Hub; default: its newest commit.
     revision: str | None = None
@@ -29,6 +29,12 @@ class Config:
     image_column: str | None = None
     # Column with the caption; default: found by its common names.
     caption_column: str | None = None
+    # Column with the patient, whose rows are held out together; default: found by its common names.
+    group_column: str | None = None
+    # Write the captions from other columns: "{modality} of the {anatomy}".
+    template: str | None = None
+    # Folder of the images, to which their paths are relative and in which absolute ones may lie; default: the table's.
+    image_root: str | None = None
     # Use at most this many rows of each split, drawn by seed; default: all.
     limit: int | None = None
 
@@ -40,8 +46,13 @@ class Config:
     dropout: float = 0.0
     # Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).
     rslora: bool = False
-    # Names of the linear layers to adapt, in both towers.
+    # Names of the linear layers to adapt.
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    # Towers to adapt.
+    towers: Literal["both", "vision", "text"] = "both"
+    # Go on from this adapter of --model, instead of a new one: a run, a folder as PEFT writes it, or one on the Hub.
+    # Rank, alpha, targets and towers are those of the adapter.
+    from_adapter: str | None = None
 
     # Pairs in a contrastive batch, over all processes together. Each pair is contrasted with all others.
     batch_size: int = 32
@@ -114,6 +125,11 @@ class Config:
         if not 0 <= self.weight_decay < float("inf"):
             self._refuse("weight_decay", "a number of 0 or more")
 
+    def reading(self) -> dict[str, Any]:
+        """The settings that decide which rows are read and how: the keyword arguments of `load_data`."""
+        names = "image_column caption_column group_column template image_root limit seed revision"
+        return {name: getattr(self, name) for name in names.split()}
+
     def _refuse(self, name: str, expected: str) -> None:
         raise UserError(f"Found --{name.replace('_', '-')} {getattr(self, name)}, expected {expected}.")
 
@@ -121,8 +137,12 @@ class Config:
 RESUME_MAY_CHANGE = frozenset(
     ("resume", "output", "chunk_size", "checkpointing", "checkpoint_every_minutes", "checkpoint_every_steps")
     + ("tensorboard", "encoder", "precision")  # the trainer compares the dtype that precision resolves to
+    # the trainer compares the content of data and base model, which may lie elsewhere now
+    + ("data", "revision", "model", "image_root", "image_column", "caption_column", "group_column", "template")
 )
 """Settings that may change with --resume: where and how to compute, not what is learned."""
+RESUME_MAY_EXTEND = frozenset(("steps", "epochs", "lr"))
+"""Settings that change with --resume where their flag is given with it."""
 
 
 PRESETS = {

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +22,7 @@ from clip_medical.data.processor import Processor
 from clip_medical.encoder import Choice, Encoder, Sample, choose_encoder
 from clip_medical.errors import UserError
 
+AnImage = Image.Image | str | Path
 TINY = Path(__file__).parent / "assets" / "tiny-clip"
 
 
@@ -51,6 +52,7 @@ class Clip:
         self.fingerprint = fingerprint
         self.revision = revision
         self.requested_encoder = requested_encoder
+        self.thresholds: dict[str, dict[str, float]] = {}  # facet -> label -> score, see evaluation/zero_shot.py
         self._choice: Choice | None = None
         self._chosen_for: list[Any] = []
 
@@ -125,26 +127,29 @@ class Clip:
         return F.normalize(self.encoder.text(self.model, ids, lengths).float(), dim=-1)
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
-        """Encode PIL images of any mode and size -> (N, D) on the CPU."""
+    def encode_images(self, images: AnImage | Sequence[AnImage], batch_size: int = 64) -> Tensor:
+        """Encode PIL images of any mode and size, or paths of images; or a single one -> (N, D) on the CPU."""
+        images = [images] if isinstance(images, Image.Image | str | Path) else images
         features = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            pixels = np.stack(
-                [self.processor.pixels(decode(image, f"image {start + i}")) for i, image in enumerate(batch)]
-            )
+            decoded = [
+                decode(image, f"image {i}") if isinstance(image, Image.Image) else decode(Path(image), str(image))
+                for i, image in enumerate(batch, start)
+            ]
+            pixels = np.stack([self.processor.pixels(image) for image in decoded])
             features.append(self.image_features(torch.from_numpy(pixels)).cpu())
         return torch.cat(features)
 
     @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Encode texts -> (N, D) on the CPU."""
-        ids, lengths = self.processor.tokens(texts)
+    def encode_texts(self, texts: str | Sequence[str], batch_size: int = 256) -> Tensor:
+        """Encode texts -> (N, D) on the CPU; a string is one text."""
+        ids, lengths = self.processor.tokens([texts] if isinstance(texts, str) else texts)
         parts = zip(ids.split(batch_size), lengths.split(batch_size), strict=True)
         return torch.cat([self.text_features(*part).cpu() for part in parts])
 
     @torch.no_grad()
-    def classify(self, image: Image.Image, labels: Sequence[str]) -> dict[str, float]:
+    def classify(self, image: AnImage, labels: Sequence[str]) -> dict[str, float]:
         """Return label -> probability: the softmax over the labels of exp(logit_scale) * cosine similarity.
 
         Write a label as a caption: "X-ray of the chest" works better than "chest". The probabilities add up to 1 over
@@ -152,7 +157,7 @@ class Clip:
         """
         if not labels or isinstance(labels, str) or len(set(labels)) < len(labels):
             raise UserError(f"Found labels {labels!r}, expected a list of distinct texts.")
-        cosines = (self.encode_images([image]) @ self.encode_texts(labels).T)[0]
+        cosines = (self.encode_images(image) @ self.encode_texts(labels).T)[0]
         probabilities = (self.model.logit_scale.detach().float().exp().cpu() * cosines).softmax(dim=0)
         return dict(zip(labels, probabilities.tolist(), strict=True))
 
@@ -207,11 +212,16 @@ def load_clip(
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json. Give --model a Hugging Face CLIP folder or a name on the Hub.")
     transformers_logging.disable_progress_bar()
+    kinds: list[Any] = [CLIPTokenizer, CLIPImageProcessor]
     try:
-        kinds: list[Any] = [CLIPModel, CLIPTokenizer, CLIPImageProcessor]
-        model, tokenizer, image_processor = (
-            kind.from_pretrained(source, revision=revision or "main") for kind in kinds
-        )
+        config, _ = CLIPConfig.get_config_dict(source, revision=revision or "main")
+        if config.get("model_type", "clip") != "clip":  # whose weights would be left out, and drawn at random
+            raise ValueError(f"it is a model of type {config['model_type']!r}, expected 'clip'")
+        loaded: Any = CLIPModel.from_pretrained(source, revision=revision or "main", output_loading_info=True)
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
+        tokenizer, image_processor = (kind.from_pretrained(source, revision=revision or "main") for kind in kinds)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, damaged, or of other shapes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(

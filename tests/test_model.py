@@ -1,11 +1,14 @@
 """Clip: features that equal those of transformers, whatever the batch, the padding and the dtype of the weights."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPModel
 
 from clip_medical import load_clip, load_run
@@ -112,6 +115,33 @@ def test_a_model_that_is_no_clip_is_a_user_error(tmp_path: Path, monkeypatch: py
         load_clip(str(tmp_path))
     with pytest.raises(UserError, match="holds no adapter"):
         load_run(tmp_path / "nowhere")
+
+
+def test_weights_that_are_missing_or_foreign_are_refused(tmp_path: Path) -> None:
+    """Catches training on weights drawn at random: transformers only warns of them."""
+    for name in ("partial", "foreign"):
+        shutil.copytree(TINY, tmp_path / name)
+    weights = load_file(TINY / "model.safetensors")
+    some = {name: tensor for name, tensor in weights.items() if "text_model.encoder.layers.0" not in name}
+    save_file(some, tmp_path / "partial" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="weights are missing, such as text_model.encoder.layers.0"):
+        load_clip(str(tmp_path / "partial"))
+    config = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config | {"model_type": "chinese_clip"}))
+    with pytest.raises(UserError, match="type 'chinese_clip', expected 'clip'"):
+        load_clip(str(tmp_path / "foreign"))
+
+
+def test_one_text_and_one_image_are_one_row(clip: Clip, images: list[Image.Image], tmp_path: Path) -> None:
+    """Catches a feature for each letter of a lone string, without a word."""
+    assert torch.equal(clip.encode_texts("CT of the head"), clip.encode_texts(["CT of the head"]))
+    assert torch.equal(clip.encode_images(images[0]), clip.encode_images(images[:1]))
+    images[0].save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png"), [str(tmp_path / "a.png")]):
+        assert torch.equal(clip.encode_images(path), clip.encode_images(images[:1]))
+    assert clip.classify(str(tmp_path / "a.png"), ["a", "b"]) == clip.classify(images[0], ["a", "b"])
+    with pytest.raises(UserError, match="gone.png"):
+        clip.encode_images("gone.png")
 
 
 def test_one_grey_channel_gives_the_features_of_three() -> None:

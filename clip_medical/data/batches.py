@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,13 @@ class Pairs:
     pixels: Tensor | Cache  # pixels[rows]: (n, 3, S, S) uint8
     tokens: Tensor  # (N, L) token ids, padded to the longest caption
     lengths: Tensor  # (N,) tokens of each caption, with start and end token
-    caption_ids: Tensor  # (N,) equal numbers for equal captions
+    caption_ids: Tensor  # (N,) equal numbers for captions that are equal to the model: after the cut, in any case
     image_ids: Tensor  # (N,) equal numbers for equal pixels
     split: Split = Split([], [], {}, list[Image.Image]().__getitem__, [])  # the N rows that the pairs were made from
     summary: str = ""  # for the log: how many images; repeated, cut and unreadable ones
     ends_word: Tensor | None = None  # (V,) bool, whether a word ends with this token; None: with every token
+    cut: str = ""  # for the report: how many captions were cut, and how much of them was lost
+    digests: Sequence[str] = ()  # N hashes of the pixels: the same image has the same hash, wherever it lies
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -49,45 +51,52 @@ def prepare(split: Split, processor: Processor, name: str) -> Pairs:
     """
     cache = open_cache(split, processor.image_size, name)
     readable = split.select(cache.rows.tolist())
-    tokens, lengths, cut = _tokens(processor, readable.captions, cache.folder)
-    numbers: dict[str, int] = {}
-    caption_ids = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in readable.captions])
+    tokens, lengths, cut, lost = _tokens(processor, readable.captions, cache.folder)
+    numbers: dict[bytes, int] = {}
+    caption_ids = torch.tensor([numbers.setdefault(row.tobytes(), len(numbers)) for row in tokens.numpy()])
     image_ids = torch.from_numpy(cache.image_ids)
     # share of the rows whose image, or caption, occurs more than once
     images, captions = ((ids.bincount()[ids] > 1).double().mean().item() for ids in (image_ids, caption_ids))
     summary = (
         f"{len(readable):,} in {cache.folder}, {images:.1%} of them repeated; {captions:.1%} of the captions repeated"
     )
+    cut_text = ""
     if cut:
-        summary += f"; {cut:,} captions cut to {processor.context_length} tokens"
+        cut_text = f"{cut:,} captions cut to {processor.context_length} tokens ({lost:.1%} of all tokens lost)"
+        summary += f"; {cut_text}"
     if len(readable) < len(split):
         summary += f"; {len(split) - len(readable):,} unreadable images left out, listed there in unreadable.tsv"
     rows = Split(readable.captions, readable.ids, readable.labels, cache.image, readable.origins)
     vocabulary = processor.tokenizer.convert_ids_to_tokens(list(range(len(processor.tokenizer))))
     ends_word = torch.tensor([token.endswith("</w>") for token in vocabulary])  # how CLIP's tokenizer marks a word end
-    return Pairs(cache, tokens, lengths, caption_ids, image_ids, rows, summary, ends_word)
+    return Pairs(cache, tokens, lengths, caption_ids, image_ids, rows, summary, ends_word, cut_text, cache.digests)
 
 
-def _tokens(processor: Processor, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int]:
-    """Token ids, lengths, and the number of captions that were cut; cached beside the pixels, by tokenizer and text."""
+def _tokens(processor: Processor, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int, float]:
+    """Token ids, lengths, number of captions that were cut, share of all tokens lost by that.
+
+    Cached beside the pixels, by tokenizer and text.
+    """
     backend = processor.tokenizer.backend_tokenizer.to_str()
     key = hashlib.sha256(json.dumps([backend, processor.context_length, captions]).encode()).hexdigest()[:16]
-    path = folder / f"tokens-{key}.safetensors"
+    path = folder / f"tokens-2-{key}.safetensors"  # 2: format of the file
     if not path.is_file():
         ids, lengths = processor.tokens(captions)
         full = [captions[row] for row in (lengths == processor.context_length).nonzero().flatten().tolist()]
         uncut = processor.tokenizer(full, verbose=False)["input_ids"] if full else []
-        cut = sum(len(tokens) > processor.context_length for tokens in uncut)
+        excess = [len(tokens) - processor.context_length for tokens in uncut]
+        lost = sum(excess) / (int(lengths.sum()) + sum(excess) or 1)
+        cut = {"cut": torch.tensor(sum(n > 0 for n in excess)), "lost": torch.tensor(lost)}
         part = path.with_suffix(f".{os.getpid()}")
         try:
-            save_file({"ids": ids.int(), "lengths": lengths, "cut": torch.tensor(cut)}, part)
+            save_file({"ids": ids.int(), "lengths": lengths} | cut, part)
             part.replace(path)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{folder} cannot be written ({error}). Set {ROOT_VARIABLE} to a writable folder."
             ) from error
     stored = load_file(path)
-    return stored["ids"].long(), stored["lengths"], int(stored["cut"])
+    return stored["ids"].long(), stored["lengths"], int(stored["cut"]), float(stored["lost"])
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ class Cache:
         self.rows = np.array([record.row for record in records], np.int64)  # (N,) rows of the split, ascending
         self.offsets = np.array([record.offset for record in records], np.int64)  # (N,) first bytes in pixels.bin
         self.channels = np.array([record.channels for record in records], np.uint8)  # (N,) 1 or 3
-        # (N,) int64, equal for images with identical pixels
-        self.image_ids = np.unique([record.digest for record in records], return_inverse=True)[1]
+        self.digests = [record.digest for record in records]  # N hashes of the pixels
+        self.image_ids = np.unique(self.digests, return_inverse=True)[1]  # (N,) int64, equal for identical pixels
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -13,12 +13,31 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from clip_medical.data.dicom import read_dicom
+from clip_medical.data.dicom import MissingDecoder, is_dicom, read_dicom
 from clip_medical.errors import UserError
 
 # Pillow warns above 89 megapixels and refuses above twice that. Large radiographs are legitimate, so only the refusal
 # stays. The filter is global because warnings.catch_warnings() is not safe while several threads decode.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm"}
+
+# What is met under the name of an image: first bytes (after an offset) -> what it is, and what to do
+OTHER_FORMATS = {
+    (344, b"n+1\0"): "a NIfTI volume: export slices of it as PNG",
+    (0, b"\x1f\x8b"): "a gzip file (NIfTI volumes are often packed so): unpack it, and export slices as PNG",
+    (0, b"NRRD"): "an NRRD volume: export slices of it as PNG",
+    (0, b"\x93NUMPY"): "a NumPy array: save it as PNG",
+    (4, b"ftypheic"): "a HEIC photograph: convert it to JPEG",
+    (4, b"ftypmif1"): "a HEIC photograph: convert it to JPEG",
+    (4, b"ftyp"): "a video: export frames of it as PNG",
+    (0, b"%PDF"): "a PDF: export its pages as PNG",
+    (0, b"PK"): "a zip archive: unpack it",
+    (0, b"version https://git-lfs"): "a Git LFS pointer: run git lfs pull",
+    (0, b"<!DOCTYPE"): "a web page, as a failed download leaves it: download it again",
+    (0, b"<html"): "a web page, as a failed download leaves it: download it again",
+}
 
 
 class UnreadableImage(UserError):
@@ -39,7 +58,7 @@ def decode(source: Path | bytes | Image.Image | dict[str, Any], name: str) -> Im
         data = source.read_bytes() if isinstance(source, Path) else source
         if data == b"":
             raise ValueError("it is empty")
-        if isinstance(data, bytes) and data[128:132] == b"DICM":  # after a preamble of 128 bytes (PS3.10, section 7.1)
+        if isinstance(data, bytes) and is_dicom(data):
             return read_dicom(data)
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         image.load()
@@ -53,8 +72,13 @@ def decode(source: Path | bytes | Image.Image | dict[str, Any], name: str) -> Im
         raise UserError(
             f"Image {name} is a DICOM file, which needs pydicom. Run pip install 'clip-medical-lora[dicom]'."
         ) from error
+    except MissingDecoder as error:
+        raise UserError(f"Image {name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"Image {name} cannot be read: Pillow does not recognize its format.") from error
+        start = data[:400] if isinstance(data, bytes) else b""
+        known = (f"it is {what}" for (at, magic), what in OTHER_FORMATS.items() if start[at:].startswith(magic))
+        reason = next(known, "Pillow does not recognize its format")
+        raise UnreadableImage(f"Image {name} cannot be read: {reason}.") from error
     except Exception as error:  # on damaged files Pillow raises many types, from SyntaxError to struct.error
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UnreadableImage(f"Image {name} cannot be read: {reason}.") from error

@@ -73,7 +73,10 @@ def holds_images(arrow_type: Any) -> bool:
 
 
 def class_names(feature: Any, cells: list[Any]) -> list[Any]:
-    """Replace class numbers by their names if `feature` is a ClassLabel of `datasets`; -1 and null are unknown."""
+    """Replace class numbers by their names if `feature` is a ClassLabel of `datasets`, or a list of such; -1 and null
+    are unknown."""
+    if hasattr(inner := getattr(feature, "feature", None), "int2str"):
+        return [class_names(inner, cell or []) for cell in cells]
     if not hasattr(feature, "int2str"):
         return cells
     return ["" if cell is None or cell < 0 else feature.int2str(cell) for cell in cells]

@@ -12,7 +12,8 @@ from clip_medical.errors import UserError
 
 # Names of splits in real datasets, in lower case. Other spellings are added here.
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLIT_NAMES |= dict.fromkeys(["validation", "valid", "val", "dev"], "validation")
+SPLIT_NAMES |= dict.fromkeys(["validation", "validate", "valid", "val", "dev"], "validation")
+TO_EVALUATE = ("validation", "test", "", "train")  # where no split is named: the first of these that there is
 T = TypeVar("T")
 
 
@@ -41,19 +42,26 @@ def _open_selected(open_image: Callable[[int], Image.Image], indices: list[int],
     return open_image(indices[row])
 
 
-def by_split(parts: Mapping[str, T], source: str) -> dict[str, T]:
-    """Sort the parts of a source by their split.
+def by_split(parts: Mapping[str, T], source: str, split: str | None = None) -> dict[str, T]:
+    """Choose the parts of a source by their split.
 
-    parts  names as the source has them ("val", "Test", ...) -> anything
+    parts  names as the source has them ("val", "Test", ..., "" for a source without splits) -> anything
+    split  None: the parts to train on, which are "train" and "validation", or "test" where there is no validation
+           split; "train" alone; or {"": part} for a single part under another name. "": the part to evaluate on, the
+           first of TO_EVALUATE. Otherwise the part of that name
 
-    Returns "train" and "validation", or "test" where there is no validation split; "train" alone; or {"": part} for a
-    single part under another name. Raises UserError if a split is unknown, twice there, or the training split missing.
+    Raises UserError if a split is unknown or twice there, or the wanted one is missing.
     """
-    if len(parts) == 1 and next(iter(parts)).lower() not in SPLIT_NAMES:
+    if len(parts) == 1 and next(iter(parts)).lower() not in SPLIT_NAMES and not split:
         return {"": next(iter(parts.values()))}
     splits = {SPLIT_NAMES.get(name.lower(), name): part for name, part in parts.items()}
+    found = ", ".join(name or "(rows without a split)" for name in parts)
+    if split is not None and len(splits) == len(parts):
+        names = [SPLIT_NAMES.get(split.lower(), split)] if split else TO_EVALUATE
+        if chosen := [name for name in names if name in splits]:
+            return {chosen[0]: splits[chosen[0]]}
+        raise UserError(f"{source} has the splits {found}. Choose one of them with --split.")
     if "train" not in splits or len(splits) < len(parts) or not splits.keys() <= SPLIT_NAMES.keys():
-        found = ", ".join(parts)
         raise UserError(f"{source} has the splits {found}. Expected one train and one validation (or test) split.")
     validation = "validation" if "validation" in splits else "test"
     return {name: splits[name] for name in ("train", validation) if name in splits}

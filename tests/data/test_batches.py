@@ -48,6 +48,15 @@ def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Split:
     return Split(captions, [f"id {row}" for row in range(6)], labels, open_image, [f"origin {row}" for row in range(6)])
 
 
+def test_captions_that_are_equal_after_the_cut_are_one(processor: Processor, split: Split) -> None:
+    """Catches reports that begin alike as negatives of each other, though the model sees the same tokens, and a cut
+    that the report does not mention."""
+    captions = ["a chest", "A Chest", "x", "very " * 300 + "long", "very " * 300 + "short", "a hand"]
+    pairs = prepare(replace(split, captions=captions), processor, "test")
+    assert pairs.caption_ids.tolist() == [0, 0, 1, 1, 2]  # row 2 cannot be read
+    assert pairs.cut.startswith("2 captions cut to 77 tokens (86") and "of all tokens lost" in pairs.cut
+
+
 def test_images_captions_and_labels_stay_together(split: Split, processor: Processor) -> None:
     """Catches labels, captions or ids that are shifted by one after a row that could not be read."""
     pairs = prepare(split, processor, "test")

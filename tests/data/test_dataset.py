@@ -228,7 +228,7 @@ def test_split_column(tmp_path: Path) -> None:
     data = load_data(str(write(tmp_path, "t.csv", text, images=5)))
     assert (numbers(data.train), numbers(data.validation), data.split_rule) == ([0, 3, 4], [1], "splits of the source")
     assert levels(data.train) == [0, 3, 4]
-    with pytest.raises(UserError, match="'split', has the splits train, fold7, test. Expected one train"):
+    with pytest.raises(UserError, match="t.csv has the splits train, fold7, test. Expected one train"):
         load_data(str(write(tmp_path, "t.csv", text.replace("valid", "fold7"))))
     only_train = text.replace("valid", "train").replace("test", "train")
     assert len(load_data(str(write(tmp_path, "t.csv", only_train))).validation) == 1
@@ -300,16 +300,12 @@ def test_limit_draws_a_random_sample(tmp_path: Path) -> None:
         ("t.csv", "", "has no rows"),
         ("t.csv", "file_name,text\n", "has no rows"),
         ("t.jsonl", "\n", "has no rows"),
-        ("t.csv", "file_name;text\n0.png;a, b\n", "separates its columns by ';'. Expected ','"),
-        ("t.csv", "file_name\ttext\n0.png\ta\n", r"separates its columns by '\\t'"),
-        ("t.tsv", "file_name,text\n0.png,a\n", r"separates its columns by ','. Expected '\\t'"),
         ("t.csv", "file_name,text\n0.png,a\n1.png,a, b\n", "line 3 has 3 fields, but the header has 2"),
         ("t.csv", "file_name,text\n0.png,a, b\n1.png,a, b\n", "line 2 has 3 fields, but the header has 2"),
         ("t.csv", "file_name,text\n0.png,a\n1.png\n", "line 3 has 1 fields, but the header has 2"),
         ("t.csv", 'file_name,text\n0.png,"a\n1.png,b\n', "line 3: .*double quote"),
         ("t.csv", "file_name,text,text\n0.png,a,b\n", "two columns named 'text'"),
-        ("t.csv", "file_name,text\n0.png,Röntgen\n".encode("latin-1"), "not UTF-8"),
-        ("t.csv", "file_name,text\n0.png,a\n".encode("utf-16"), "not UTF-8"),
+        ("t.csv", "file_name,text\n0.png,肺部正常\n".encode("gb18030"), "not UTF-8"),
         ("t.csv", "file_name,text\n0.png,a\n1.png,  \n", r"1 of 2 rows have no text in column 'text': row 2 \(1.png\)"),
         ("t.csv", "file_name,text\n0.png,a\n7.png,b\n8.png,c\n", r"2 of 3 rows have no image.*row 2 \(7.png\), 3 \(8"),
         ("t.csv", "file_name,text\n0.png,a\n,b\n", r"1 of 2 rows have no image file.*row 2 \(no path\)"),
@@ -318,7 +314,7 @@ def test_limit_draws_a_random_sample(tmp_path: Path) -> None:
         ("t.jsonl", '{"image": "0.png", "text": ["a", "b"]}\n', r"no text in column 'text': row 1 \(0.png\)"),
         ("t.jsonl", '{"image": "0.png", "text": null}\n', r"no text in column 'text': row 1 \(0.png\)"),
         ("t.jsonl", '{"image": "0.png", "text": "a"}\n{"image": "0.png"}\n', "1 of 2 rows have no text.*row 2"),
-        ("t.xlsx", b"PK", "file type '.xlsx' is not supported. Expected one of .csv, .tsv, .jsonl, .parquet"),
+        ("t.xlsx", b"PK", "file type '.xlsx' is not supported. Expected one of .csv, .tsv, .txt, .jsonl, .parquet"),
         ("t.parquet", b"PAR0" * 30, "t.parquet cannot be read.*Check the file"),
     ],
 )
@@ -333,7 +329,7 @@ def test_faulty_files(tmp_path: Path, name: str, text: str | bytes, message: str
     ("folder", "files", "message"),
     [
         ("bare", ["0.png"], "no metadata.csv.*file_name and text"),
-        ("named", ["captions.csv"], "--data .*captions.csv"),
+        ("named", ["pairs.csv"], "--data .*pairs.csv"),
         ("untrained", ["test/metadata.csv"], "has the splits test. Expected one train"),
         (
             "twice",
@@ -404,7 +400,7 @@ def test_parquet_shards_are_split_by_name(parquet: SaveParquet) -> None:
     assert data.train.ids == [f"x{i}" for i in range(6)]
     assert data.source == f"folder {folder} (train, validation)"
     save("more", range(3))
-    with pytest.raises(UserError, match="no split in the file name.*Expected one train"):
+    with pytest.raises(UserError, match=r"rows without a split.*Expected one train"):
         load_data(str(folder))
 
 

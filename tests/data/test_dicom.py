@@ -47,6 +47,46 @@ def grey_levels(pixels: np.ndarray, **tags: Any) -> list[Any]:
     return list(np.asarray(decode(dicom(pixels, **tags), "scan 17")).tolist())
 
 
+def test_colours_of_a_palette_are_looked_up() -> None:
+    """Catches the numbers of a palette shown as grey levels: Doppler and nuclear images."""
+    index, colours = np.array([[0, 1], [2, 3]], np.uint8), [(255, 0, 0), (0, 0, 0), (10, 200, 10), (128, 128, 128)]
+    tags: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for channel, name in enumerate(("Red", "Green", "Blue")):
+        table = np.zeros(256, np.uint16)
+        table[:4] = np.array([colour[channel] for colour in colours]) * 257
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        tags[f"{name}PaletteColorLookupTableData"] = table.tobytes()
+    assert np.asarray(decode(dicom(index, **tags), "x")).reshape(4, 3).tolist() == [list(colour) for colour in colours]
+
+
+@pytest.mark.parametrize("start", [132, "dataset"])
+def test_an_old_file_without_a_preamble(start: int | str) -> None:
+    """Catches files of old scanners refused as of no known format."""
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
+    data = dicom(pixels)
+    if start == "dataset":  # without the header of the file either
+        start = data.index(b"\x08\x00\x16\x00UI")
+    assert np.array_equal(np.asarray(decode(data[int(start) :], "old")), pixels)
+
+
+def test_a_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches images recorded as unreadable for good because a package is not installed yet."""
+    from pydicom.encaps import encapsulate
+    from pydicom.pixels import decoders
+    from pydicom.uid import JPEGLSLossless
+
+    dataset = pydicom.dcmread(io.BytesIO(dicom(np.zeros((8, 8), np.uint8))))
+    dataset.file_meta.TransferSyntaxUID = JPEGLSLossless
+    dataset.PixelData = encapsulate([b"\xff\xd8\xff\xf7" + b"\0" * 60])
+    dataset["PixelData"].is_undefined_length = True
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    monkeypatch.setattr(vars(decoders)["JPEGLSLosslessDecoder"], "_available", {})
+    with pytest.raises(UserError, match="JPEG-LS.*pip install pylibjpeg") as caught:
+        decode(buffer.getvalue(), "scan")
+    assert not isinstance(caught.value, UnreadableImage)
+
+
 STORED = np.array([[0, 864, 1064, 1264, 4000]], np.int16)  # with the intercept -1024: air, -160, 40, 240, metal
 CT = dict(RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
 
