@@ -21,10 +21,19 @@ from clip_medical.config import Config, choose
 from clip_medical.data.batches import prepare
 from clip_medical.data.dataset import Data, data_fingerprint, load_data
 from clip_medical.errors import UserError
-from clip_medical.evaluation.report import environment, evaluate, result_rows, write_report
+from clip_medical.evaluation.report import choose_thresholds, environment, evaluate, result_rows, write_report
 from clip_medical.evaluation.table import as_text, comparison
 from clip_medical.model import load_clip
-from clip_medical.run_folder import choose_folder, load_run, save_run
+from clip_medical.run_folder import (
+    THRESHOLDS,
+    TRAINED,
+    choose_folder,
+    load_base,
+    load_run,
+    save_run,
+    trained_on,
+    write_text,
+)
 from clip_medical.training import distributed
 from clip_medical.training.device import choose_device, choose_precision
 from clip_medical.training.logging import METRICS
@@ -32,6 +41,7 @@ from clip_medical.training.loss import info_nce
 from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.trainer import Trainer
 from lora import LoRALinear, count_parameters, inject
+from lora.inject import lora_layers
 
 
 def run(preset: str, config: Config) -> int:
@@ -44,10 +54,7 @@ def run(preset: str, config: Config) -> int:
 
     # data: images with captions
     with distributed.rank_0_first():
-        data = load_data(
-            config.data, image_column=config.image_column, caption_column=config.caption_column,
-            limit=config.limit, seed=config.seed, revision=config.revision,
-        )  # fmt: skip
+        data = load_data(config.data, **config.reading())
     count, validation_count = len(data.train), len(data.validation)
     if count < config.batch_size:
         raise UserError(
@@ -55,12 +62,21 @@ def run(preset: str, config: Config) -> int:
             f"Give --batch-size {count} or less, or more data."
         )
     print(
-        f"Data     {data.source}: {count:,} training pairs, {validation_count:,} validation pairs ({data.split_rule})"
+        f"Data     {data.source}: {count:,} training pairs, {validation_count:,} validation pairs ({data.split_rule})",
+        *data.notes,
+        sep="\n         ",
     )
 
     # model and adapter: all weights of CLIP are frozen; A and B are added to each target layer
-    clip = load_clip(config.model, device, dtype, encoder=config.encoder)
-    inject(clip.model, config.targets, config.rank, config.alpha, config.dropout, config.rslora, layer=LoRALinear)
+    if config.from_adapter:
+        clip = load_run(config.from_adapter, device, dtype, config.encoder, base=config.model)
+    else:
+        clip = load_clip(config.model, device, dtype, encoder=config.encoder)
+        towers = None if config.towers == "both" else f"{config.towers}_model"
+        inject(
+            clip.model, config.targets, config.rank, config.alpha, config.dropout, config.rslora, towers,
+            layer=LoRALinear,
+        )  # fmt: skip
     clip.model.logit_scale.requires_grad_(config.train_logit_scale)
     print(f"Model    {config.model} on {device.type} in {str(dtype).removeprefix('torch.')}: {why}")
 
@@ -69,6 +85,14 @@ def run(preset: str, config: Config) -> int:
         train_pairs = prepare(data.train, clip.processor, "training")
         validation_pairs = prepare(data.validation, clip.processor, "validation")
     print(f"Images   training: {train_pairs.summary}\n         validation: {validation_pairs.summary}")
+    trained = set(train_pairs.digests)
+    if repeated := sum(digest in trained for digest in validation_pairs.digests):
+        print(f"         {repeated:,} of the validation images are also in the training split of the source")
+    if len(train_pairs.caption_ids.unique()) == 1:
+        raise UserError(
+            f"All {len(train_pairs):,} training captions are {train_pairs.split.captions[0][:80]!r} to the model, so "
+            "nothing tells the images apart. Choose another --caption-column, or write captions with --template."
+        )
     trainer = Trainer(clip, train_pairs, validation_pairs, config, folder, loss=info_nce)
     torch.manual_seed(config.seed + distributed.rank())  # from here on only dropout draws, differently on each process
     trainer.train(preset)
@@ -80,6 +104,7 @@ def run(preset: str, config: Config) -> int:
         trainer.optimizer.load_weights(trainer.best.weights)
     facts = provenance(preset, trainer, data)
     save_run(clip, folder, config, facts)
+    write_text(folder / TRAINED, "\n".join([*train_pairs.digests, *trained_on(config.from_adapter)]) + "\n")
     if trainer.done < trainer.steps:
         flags = [flag for flag in sys.argv if flag != "--resume"] + ([] if config.output else ["--output", str(folder)])
         print(f"\nStopped after step {trainer.done} of {trainer.steps}. {folder} holds the adapter and a checkpoint.")
@@ -95,10 +120,13 @@ def provenance(preset: str, trainer: Trainer, data: Data) -> dict[str, Any]:
     return {
         "run": {"command": shlex.join(["python", *sys.argv]), "preset": preset, "seed": config.seed},
         "data": {"source": data.source, "training pairs": len(trainer.train_pairs),
-                 "validation pairs": len(trainer.validation_pairs), "fingerprint": data_fingerprint(data)},
+                 "validation pairs": len(trainer.validation_pairs), "fingerprint": data_fingerprint(data),
+                 "split": data.split_rule, "cut": trainer.train_pairs.cut or "no captions",
+                 "notes": "; ".join(data.notes) or "none"},
         "model": {"base": config.model, "revision": clip.revision, "fingerprint": clip.fingerprint,
-                  "rank": config.rank, "trainable parameters": parameters.trainable,
-                  "base parameters": parameters.total, "trainable in per cent": round(parameters.percent, 3)},
+                  "rank": next(iter(lora_layers(clip.model).values())).rank,
+                  "trainable parameters": parameters.trainable, "base parameters": parameters.total,
+                  "trainable in per cent": round(parameters.percent, 3)},
         "environment": environment(),
     }  # fmt: skip
 
@@ -107,8 +135,10 @@ def report(trainer: Trainer, facts: dict[str, Any]) -> None:
     """Measure the unadapted and the adapted model on the validation pairs; read the saved adapter back and compare."""
     clip, folder, pairs = trainer.clip, trainer.folder, trainer.validation_pairs
     clip.model.eval()
-    # The base is loaded again, not made by disabling the adapter: a trained temperature would remain in it.
-    base = load_clip(clip.name, clip.device, clip.dtype, clip.revision, trainer.config.encoder)
+    base = load_base(clip, folder)
+    thresholds = choose_thresholds({"unadapted": base, "adapted": clip}, trainer.train_pairs)
+    if any(thresholds.values()):
+        write_text(folder / "adapter" / THRESHOLDS, json.dumps(thresholds, indent=2) + "\n")
     before, after = evaluate(base, pairs), evaluate(clip, pairs)
     print(f"\n{as_text(comparison(result_rows(before.results, after.results)))}")
     records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

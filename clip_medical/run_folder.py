@@ -3,11 +3,13 @@
 config.json      the Config of the run, with its preset    adapter/     the adapter in PEFT's layout, logit_scale.json
 metrics.jsonl    one object a step                                      and provenance.json, which PEFT ignores
 report.json, report.md, figures/*.png                      checkpoint/  the state that --resume continues from
+training_images.txt  a hash of the pixels of each image that was trained on
 """
 
 import json
 import os
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,16 +18,18 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from clip_medical.config import RESUME_MAY_CHANGE, Config
+from clip_medical.config import RESUME_MAY_CHANGE, RESUME_MAY_EXTEND, Config
 from clip_medical.errors import UserError
 from clip_medical.model import Clip, load_clip
 from lora import load_adapter, save_adapter
 from lora.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
+TRAINED = "training_images.txt"
 STATE = Path("checkpoint", "state.pt")
 SCALE = "logit_scale.json"  # in adapter/, where logit_scale was trained
 PROVENANCE = "provenance.json"  # in adapter/: command, seed, versions, fingerprints of base and data
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SCALE, PROVENANCE)
+THRESHOLDS = "thresholds.json"  # in adapter/, where images have several labels: of both models
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SCALE, PROVENANCE, THRESHOLDS)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -52,17 +56,41 @@ def choose_folder(preset: str, config: Config) -> Path:
 def _refuse_another_run(folder: Path, config: Config) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no run to resume. Leave out --resume to start a new one there.")
-    if (folder / "report.md").is_file():  # the last file to be written
-        raise UserError(f"The run in {folder} is complete, see its report.md. Choose another --output for a new run.")
     stored = read_json(folder / "config.json")
-    for name, value in json.loads(json.dumps(asdict(config))).items():
-        if name not in RESUME_MAY_CHANGE and name in stored and stored[name] != value:
+    named = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in sys.argv}
+    changes = {
+        name: value
+        for name, value in json.loads(json.dumps(asdict(config))).items()
+        if name in stored and stored[name] != value and name not in RESUME_MAY_CHANGE
+    }
+    extended = [f"--{name} {stored[name]} -> {changes[name]}" for name in changes.keys() & RESUME_MAY_EXTEND & named]
+    if extended:
+        print(f"Changed  {', '.join(sorted(extended))}: the learning rate follows the new schedule from here on")
+    elif (folder / "report.md").is_file():  # the last file to be written
+        raise UserError(
+            f"The run in {folder} is complete, see its report.md. Train it longer with more --steps, or choose another "
+            "--output for a new run."
+        )
+    for name, value in changes.items():
+        if name not in RESUME_MAY_EXTEND & named:
             old = stored[name]
             flag = ("--no-" if old is False else "--") + name.replace("_", "-")
             given = "" if isinstance(old, bool) else " " + (" ".join(old) if isinstance(old, list) else str(old))
             raise UserError(
                 f"The run in {folder} has {flag}{given}, not {value}. Resume it with {flag}{given}, or start a new run."
             )
+
+
+def run_root(run: str | Path) -> Path:
+    """Return the run folder, also where its adapter/ is given."""
+    folder = Path(run)
+    return folder.parent if folder.name == "adapter" and (folder.parent / "config.json").is_file() else folder
+
+
+def trained_on(run: str | Path | None) -> list[str]:
+    """Hashes of the images that a run was trained on; [] where they are not known."""
+    file = run_root(run) / TRAINED if run else Path()
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []
 
 
 def make_folder(folder: Path, flag: str = "--output") -> Path:
@@ -89,7 +117,7 @@ def save_run(clip: Clip, folder: Path, config: Config, facts: dict[str, Any]) ->
     """Write the adapter of a run, beside it logit_scale where it was trained, and `facts`, the provenance."""
     adapter = folder / "adapter"
     save_adapter(clip.model, adapter, base_model=config.model)
-    if config.train_logit_scale:
+    if config.train_logit_scale or config.from_adapter:  # the adapter that it went on from may have trained it
         write_text(adapter / SCALE, json.dumps({"logit_scale": clip.model.logit_scale.item()}) + "\n")
     write_text(adapter / PROVENANCE, json.dumps(facts, indent=2) + "\n")
 
@@ -99,36 +127,48 @@ def load_run(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     encoder: str = "auto",
+    base: str | None = None,
 ) -> Clip:
     """Load the adapted model of a run, in eval mode: its base, the adapter and, where it was trained, logit_scale.
 
     run      a run folder, an exported adapter, any other folder with a PEFT adapter for CLIP, or the name "owner/name"
              of such an adapter on the Hugging Face Hub
     encoder  "auto", "reference" or "fast", see encoder.py
+    base     the base model, where it lies elsewhere than the adapter says
 
     Raises UserError if there is no adapter, or if its base has other weights than those it was trained on; LoRAError
     if the adapter does not fit the base.
     """
     adapter = _find_adapter(run)
     model = read_json(adapter / PROVENANCE).get("model", {})
-    base = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    revision = None if base else model.get("revision")
+    base = base or read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
     if not base:
-        raise UserError(
-            f"{adapter / CONFIG_FILE} names no base model. Write its name there as base_model_name_or_path."
-        )
-    clip = load_clip(base, device, dtype, model.get("revision"), encoder)
+        raise UserError(f"{adapter / CONFIG_FILE} names no base model. Name it by --base.")
+    clip = load_clip(base, device, dtype, revision, encoder)
     expected = model.get("fingerprint", clip.fingerprint)  # an adapter that PEFT saved has none
     if expected != clip.fingerprint:
         raise UserError(
             f"The adapter in {adapter} was trained on other weights than {base} holds now (expected fingerprint "
-            f"{expected[:12]}, found {clip.fingerprint[:12]}). Restore that version of the base, or train again."
+            f"{expected[:12]}, found {clip.fingerprint[:12]}). Name the right base, or restore it, or train again."
         )
     load_adapter(clip.model, adapter)
     scale = read_json(adapter / SCALE).get("logit_scale")
     if scale is not None:
         clip.model.logit_scale.data.fill_(scale)
+    clip.thresholds = read_json(adapter / THRESHOLDS).get("adapted", {})
     clip.model.eval()
     return clip
+
+
+def load_base(adapted: Clip, run: str | Path) -> Clip:
+    """Load the unadapted model beside an adapted one of `load_run`: the same base, device, dtype and encoder.
+
+    Not made by disabling the adapter: a trained temperature would remain in it.
+    """
+    base = load_clip(adapted.name, adapted.device, adapted.dtype, adapted.revision, adapted.requested_encoder)
+    base.thresholds = read_json(_find_adapter(run) / THRESHOLDS).get("unadapted", {})
+    return base
 
 
 def _find_adapter(run: str | Path) -> Path:

@@ -199,6 +199,8 @@ def table_rows(pairs: Pairs, rows: dict[str, dict[str, Any]], reference: str) ->
 class Ablation(Experiment):
     """LoRA of several ranks and places against a linear map and full fine-tuning, and what each of them forgets."""
 
+    trains = True
+
     # Optimizer steps of each variant. Default: those of the run.
     steps: int | None = None
     # Ranks of LoRA on q and v of both towers. The rank of the run is always included.

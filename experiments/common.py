@@ -45,7 +45,17 @@ from clip_medical.evaluation.report import environment
 from clip_medical.evaluation.retrieval import bootstrap_interval
 from clip_medical.evaluation.table import Row, as_text, comparison, metric_rows
 from clip_medical.model import Clip, load_clip
-from clip_medical.run_folder import PROVENANCE, load_run, make_folder, read_json, write_text
+from clip_medical.run_folder import (
+    PROVENANCE,
+    TRAINED,
+    load_base,
+    load_run,
+    make_folder,
+    read_json,
+    run_root,
+    trained_on,
+    write_text,
+)
 from clip_medical.training.device import choose_device
 from experiments import figures
 
@@ -61,6 +71,7 @@ class Setup(NamedTuple):
     models: dict[str, Clip]  # "unadapted" and, with --run, "adapted", in eval mode
     folder: Path  # for the results
     facts: dict[str, Any]  # command, seed, model, data and environment, saved with the results
+    warnings: list[str]  # printed with the results
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,22 @@ class Experiment:
 
     # Run folder of train.py, exported adapter or adapter on the Hub; its unadapted base is measured beside it.
     run: str | None = None
+    # Base model of the run, where it lies elsewhere now.
+    base: str | None = None
     # Instead of --run, an unadapted CLIP alone: tiny-clip, a Hugging Face folder or a name on the Hub.
     model: str | None = None
-    # Use the validation split of this data set, named as for train.py. Default: of the run's data, else phantoms.
+    # Measure on this data set, named as for train.py: on its validation split, else its test split, else on all of it.
+    # Default: the validation split of the run's data, else of the phantoms.
     data: str | None = None
+    # Measure on this split of the data instead, such as test.
+    split: str | None = None
+    # Leave out the images that the run was trained on, recognised by their pixels, instead of a warning.
+    leave_out_trained: bool = False
+    # Columns and image folder of --data, as for train.py.
+    image_column: str | None = None
+    caption_column: str | None = None
+    template: str | None = None
+    image_root: str | None = None
     # Use at most this many validation pairs, sampled by --seed. Default: all.
     limit: int | None = None
     # Folder for the results. Default: the run folder; with --model, experiments/results.
@@ -81,6 +104,7 @@ class Experiment:
     seed: int = 0
 
     name: ClassVar[str]
+    trains: ClassVar[bool] = False  # whether it needs the training split of --data too
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
@@ -119,9 +143,9 @@ class Experiment:
     def perform(self) -> int:
         """Measure every model, print the table, draw the figures, save the results. Returns the exit code."""
         setup = self.load_models()
-        pairs = prepare(self.load_data(setup).validation, setup.models["unadapted"].processor, "validation")
+        pairs = self.prepare(self.load_data(setup), setup)
         results = {model: self.measure(clip, pairs) for model, clip in setup.models.items()}
-        print(as_text(comparison(self.rows(results))))
+        print(as_text(comparison(self.rows(results))), *setup.warnings, sep="\n")
         self.save(setup, self.name, results, *self.draw(results, setup.folder))
         return 0
 
@@ -129,9 +153,8 @@ class Experiment:
         """Load the models in fp32, on the GPU where there is one."""
         device = choose_device()
         if self.run is not None:
-            adapted = load_run(self.run, device)
-            # The base is loaded again, not made by disabling the adapter: a trained temperature would remain in it.
-            models = {"unadapted": load_clip(adapted.name, device, revision=adapted.revision), "adapted": adapted}
+            adapted = load_run(self.run, device, base=self.base)
+            models = {"unadapted": load_base(adapted, self.run), "adapted": adapted}
         else:
             models = {"unadapted": load_clip(self.model or "", device)}
         local_run = self.run if self.run and Path(self.run).is_dir() else None  # else an adapter on the Hub, or --model
@@ -143,13 +166,13 @@ class Experiment:
             "model": {"run": self.run, **identity, "encoder": base.encoder.name},
             "environment": environment(),
         }
-        return Setup(models, make_folder(Path(self.output or local_run or RESULTS)), facts)
+        return Setup(models, make_folder(Path(self.output or local_run or RESULTS)), facts, [])
 
     def read_config(self) -> Config:
         """Return the configuration of the run; with --model, the defaults of train.py for that model and --data."""
         if self.run is None:
             return Config(model=self.model or "", data=self.data or "phantoms", seed=self.seed)
-        stored = read_json(Path(self.run, "config.json"))
+        stored = read_json(run_root(self.run) / "config.json")
         if not stored:
             raise UserError(f"{self.run} has no config.json. Give a run of train.py, or name the data with --data.")
         known: dict[str, Any] = {key: value for key, value in stored.items() if key in Config.__dataclass_fields__}
@@ -159,26 +182,60 @@ class Experiment:
         """Load the data, and record source and fingerprint in `setup.facts`.
 
         The default is the data of the run, loaded and split as in training, so that no validation pair was trained on.
-        Raises UserError if these data have changed since.
+        The same holds if --data names them at another place. Raises UserError if these data have changed since.
         """
-        config = Config(data=self.data, seed=self.seed) if self.data else self.read_config()
-        choices = ("image_column", "caption_column", "limit", "seed", "revision")
-        data = load_data(config.data, **{name: getattr(config, name) for name in choices})
-        fingerprint = data_fingerprint(data)
-        if self.run and not self.data:
-            trained_on = read_json(Path(self.run, "adapter", PROVENANCE)).get("data", {})
-            if trained_on.get("fingerprint", fingerprint) != fingerprint:
-                raise UserError(
-                    f"{data.source} has changed since {self.run} was trained on it, so validation pairs may have been "
-                    "trained on. Restore the data, or name data the run has not seen with --data."
-                )
+        root = run_root(self.run) if self.run else Path()
+        expected = read_json(root / "adapter" / PROVENANCE).get("data", {}).get("fingerprint") if self.run else None
+        data = None
+        if self.split is None and (not self.data or expected):
+            config = self.read_config()
+            try:
+                data = load_data(self.data or config.data, **config.reading())
+            except UserError:
+                if not self.data:
+                    raise
+            if data and expected not in (None, data_fingerprint(data)):
+                if not self.data:
+                    raise UserError(
+                        f"{config.data} has changed since {self.run} was trained on it, so validation pairs may have "
+                        "been trained on. Restore the data, or name data the run has not seen with --data."
+                    )
+                data = None
+        if data is None:  # not the data of the run
+            names = "image_column", "caption_column", "template", "image_root", "seed"
+            place = self.data or self.read_config().data
+            split = None if self.trains else self.split or ""
+            data = load_data(place, split=split, **{name: getattr(self, name) for name in names})
+        fingerprint, total = data_fingerprint(data), len(data.validation)
         if self.limit is not None:
-            count = len(data.validation)
-            sample = sorted(random.Random(self.seed).sample(range(count), min(self.limit, count)))
+            sample = sorted(random.Random(self.seed).sample(range(total), min(self.limit, total)))
             data = replace(data, validation=data.validation.select(sample))
-        counted = {"validation pairs": len(data.validation), "fingerprint": fingerprint}
+        count = f"{len(data.validation):,} of {total:,} pairs" if len(data.validation) < total else f"{total:,} pairs"
+        print(f"Data     {data.source}: {count} ({data.split_rule})", *data.notes, sep="\n         ")
+        counted = {"validation pairs": len(data.validation), "of": total, "fingerprint": fingerprint}
         setup.facts["data"] = {"source": data.source, "split": data.split_rule, **counted}
         return data
+
+    def prepare(self, data: Data, setup: Setup) -> Pairs:
+        """Decode and tokenize the validation pairs; say how many of their images the run was trained on."""
+        processor = setup.models["unadapted"].processor
+        pairs = prepare(data.validation, processor, "validation")
+        trained = set(trained_on(self.run))
+        if self.run and not trained and not len(data.train):
+            print(f"         it is not known whether {self.run} was trained on some of these: it has no {TRAINED}")
+        new = [row for row, digest in enumerate(pairs.digests) if digest not in trained]
+        if seen := len(pairs) - len(new):
+            message = f"{seen:,} of {len(pairs):,} images of {data.source} were trained on by {self.run}"
+            if self.leave_out_trained:
+                if not new:
+                    raise UserError(f"{message}, so none is left to measure on. Name other data.")
+                print(f"         {message}, and are left out")
+                setup.facts["data"] |= {"validation pairs": len(new), "trained on, left out": seen}
+                return prepare(pairs.split.select(new), processor, "validation")
+            setup.facts["data"]["trained on"] = seen
+            setup.warnings.append(f"{message}: these results are not of held-out data. --leave-out-trained omits them")
+            print(f"         {setup.warnings[-1]}")
+        return pairs
 
     def save(self, setup: Setup, name: str, results: dict[str, Any], *files: str) -> None:
         """Write NAME.json atomically: the facts of `setup`, then the results. With names of figures, print them."""

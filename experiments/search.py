@@ -10,6 +10,7 @@ Indexing can be interrupted and repeated: indexed images are not read again.
 
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +19,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clip_medical.data.dataset import load_data
-from clip_medical.data.images import decode
+from clip_medical.data.dicom import is_dicom
+from clip_medical.data.images import IMAGE_SUFFIXES, decode
 from clip_medical.data.splits import Split
+from clip_medical.data.tables import READERS
 from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
 from clip_medical.evaluation.search import Found, Index, Item
 from clip_medical.evaluation.table import as_text
 from experiments.common import Experiment, Setup, main
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm"}
+
+def start_of(file: Path) -> bytes:
+    """The first bytes of a file, which tell whether it is DICOM: such files often have no suffix."""
+    with open(file, "rb") as handle:
+        return handle.read(256)
 
 
 def items_of(split: Split, source: str, part: str) -> Iterator[Item]:
@@ -81,10 +88,17 @@ class Search(Experiment):
             data = self.load_data(setup)
             return list(items_of(data.validation, data.source, "validation"))
         folder = Path(source)
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if files and not any(folder.rglob("metadata.*")):  # images without captions, which load_data would refuse
+        every = {file: None for file in sorted(folder.rglob("*")) if file.is_file() and file.name[0] != "."}
+        files = {f: None for f in every if f.suffix.lower() in IMAGE_SUFFIXES or is_dicom(start_of(f))}
+        stems = {file.with_suffix("") for file in files}
+        tables = [f for f in every if f.suffix in READERS and (f.suffix != ".txt" or f.with_suffix("") in stems)]
+        if files and not tables:  # images without captions, which load_data would refuse
+            if others := Counter(f.suffix for f in every if f not in files):
+                listed = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common())
+                print(f"{source}: files that are no images are left out: {listed}")
             return [Item(str(f.relative_to(folder)), source, "", {}, partial(decode, f, str(f))) for f in files]
-        data = load_data(source, seed=self.seed)
+        names = "image_column", "caption_column", "template", "image_root", "seed"
+        data = load_data(source, **{name: getattr(self, name) for name in names})
         return [*items_of(data.train, source, "train"), *items_of(data.validation, source, "validation")]
 
     def search(self, index: Index, setup: Setup) -> None:

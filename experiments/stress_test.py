@@ -21,7 +21,7 @@ from clip_medical.data.batches import Pairs
 from clip_medical.data.dataset import FACETS
 from clip_medical.errors import UserError
 from clip_medical.evaluation.encode import encode
-from clip_medical.evaluation.zero_shot import class_scores, ranks_in_list
+from clip_medical.evaluation.zero_shot import class_scores, label_sets, ranks_in_list
 from clip_medical.model import Clip
 from experiments.common import Experiment, Reports, main, share
 from experiments.zero_shot import Labels, facet_reports
@@ -40,9 +40,10 @@ JOINT = ("modality", "anatomy")
 
 def candidates(labels: Labels) -> Labels:
     """Return facet -> the labels of the data, then distractors until there are 24 labels."""
-    names = {facet: sorted(set(labels.get(facet, [])) - {""}) for facet in FACETS}
+    exclusive = [facet for facet in FACETS if not label_sets(labels.get(facet, []))]
+    names = {facet: sorted(set(labels.get(facet, [])) - {""}) for facet in exclusive}
     lower_case = {name.lower() for of_facet in names.values() for name in of_facet}
-    distractors = [(facet, name) for facet, name in DISTRACTORS if name.lower() not in lower_case]
+    distractors = [(facet, name) for facet, name in DISTRACTORS if facet in names and name.lower() not in lower_case]
     for facet, name in distractors[: max(0, LABELS - sum(map(len, names.values())))]:
         names[facet].append(name)
     return {facet: of_facet for facet, of_facet in names.items() if len(of_facet) > 1}

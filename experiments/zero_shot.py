@@ -23,7 +23,7 @@ from clip_medical.evaluation import plots
 from clip_medical.evaluation.classification import classification_report
 from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.table import Row, as_text
-from clip_medical.evaluation.zero_shot import class_scores
+from clip_medical.evaluation.zero_shot import class_scores, label_sets, multilabel
 from clip_medical.model import Clip
 from experiments.common import Experiment, Reports, main
 
@@ -33,10 +33,19 @@ Labels = dict[str, list[str]]  # facet -> the label of each row, "" where unknow
 def facet_reports(clip: Clip, images: Tensor, labels: Labels, classes: Labels) -> Reports:
     """Classify images (N, D) by each facet, over the rows whose label is one of its classes.
 
-    Returns facet -> `classification_report`, without facets that have no such row.
+    Returns facet -> `classification_report`, without facets that have no such row. A facet of which an image can have
+    several labels has a `multilabel_report`, and another entry for each label.
     """
     reports = {}
     for facet, names in classes.items():
+        chosen = [label if label in names else "" for label in labels.get(facet, [])]
+        if label_sets(chosen):  # an image can have several
+            if not (report := multilabel(clip, facet, chosen, images))["classes"]:
+                continue  # all images have the same labels
+            reports[facet] = report
+            for name, label in reports[facet].pop("labels").items():
+                reports[f"{facet} {name}"] = label | {"n": f"{label['positives']} of {reports[facet]['n']}"}
+            continue
         rows = [row for row, label in enumerate(labels.get(facet, [])) if label in names]
         if rows:
             truth = torch.tensor([names.index(labels[facet][row]) for row in rows])

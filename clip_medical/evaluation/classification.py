@@ -1,11 +1,12 @@
-"""Metrics of classification from probabilities: accuracy, balanced accuracy, AUROC, confusions, calibration.
+"""Metrics of classification: accuracy, balanced accuracy, AUROC, average precision, confusions, calibration.
 
 Accuracy alone flatters a model that predicts the most frequent class. Balanced accuracy and AUROC do not, and AUROC
 needs no threshold either. Calibration compares confidence with accuracy: of the predictions made with 80 % confidence,
 80 % should be correct.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from clip_medical.evaluation.retrieval import binomial_interval, bootstrap_interval, percentile_interval
+
+Metric = Callable[[np.ndarray, np.ndarray], float]  # levels of the scores (N,), positive (N,) -> value
 
 
 def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequence[str]) -> dict[str, Any]:
@@ -47,19 +50,92 @@ def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequenc
         areas = np.array([auroc(levels[drawn], true[drawn] == c) for c, levels in score_levels.items()])
         return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
-    def measure(statistic: Callable[[np.ndarray], float], chance: float) -> dict[str, float]:
-        low, high = percentile_interval(statistic, len(rows), draws=1000)
-        return {"value": statistic(rows), "low": low, "high": high, "chance": chance}
-
     report: dict[str, Any] = {"n": len(rows), "classes": list(classes)}
     low, high = bootstrap_interval(torch.from_numpy(hits))
     report["accuracy"] = {"value": float(hits.mean()), "low": low, "high": high, "chance": 1 / len(classes)}
-    report["balanced_accuracy"] = measure(balanced_accuracy, 1 / len(classes))
+    report["balanced_accuracy"] = _measured(balanced_accuracy, len(rows), 1 / len(classes))
     if len(present) > 1:
-        report["auroc"] = measure(mean_auroc, 0.5)
+        report["auroc"] = _measured(mean_auroc, len(rows), 0.5)
     report["confusion"] = confusion.tolist()
     report["calibration"] = calibration(torch.from_numpy(p.max(axis=1)), torch.from_numpy(hits))
     return report
+
+
+def multilabel_report(
+    scores: Tensor, truth: Tensor, classes: Sequence[str], thresholds: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Compute AUROC and average precision of each of L labels, of which an image can have several.
+
+    scores (N, L), the higher the more likely; truth (N, L): 1 present, 0 absent, NaN unknown (left out for
+    this label); thresholds: label -> lowest score that counts as present, chosen on other images.
+
+    Returns {"n", "classes", "auroc", "average_precision" (means over labels): {"value", "low", "high" (95 %, bootstrap
+    over rows), "chance"}, "labels": label -> {"positives", "auroc", "average_precision", and with a threshold
+    "sensitivity", "specificity"}}, without labels that no row has or that all rows have. Raises ValueError on scores
+    that are not finite.
+    """
+    if not scores.isfinite().all():
+        raise ValueError("The scores contain NaN or infinity, so no metric can be computed from them.")
+    s, t = scores.numpy(), truth.numpy()
+
+    def statistic(metric: Metric, column: int) -> Callable[[np.ndarray], float]:
+        known, levels = ~np.isnan(t[:, column]), np.unique(s[:, column], return_inverse=True)[1]
+        return lambda rows: metric(levels[rows[known[rows]]], t[rows[known[rows]], column] == 1)
+
+    positives, negatives = ((t == value).sum(axis=0) for value in (1, 0))
+    usable = [column for column in range(len(classes)) if positives[column] and negatives[column]]
+    prevalence = positives / (positives + negatives).clip(1)
+    report: dict[str, Any] = {"n": len(s), "classes": [classes[column] for column in usable], "labels": {}}
+    for column in usable:
+        report["labels"][classes[column]] = {
+            "positives": int(positives[column]),
+            "auroc": _measured(statistic(auroc, column), len(s), 0.5),
+            "average_precision": _measured(statistic(average_precision, column), len(s), prevalence[column]),
+        }
+        if thresholds and classes[column] in thresholds:
+            correct = (s[:, column] >= thresholds[classes[column]]) == (t[:, column] == 1)
+            for name, rows in (("sensitivity", t[:, column] == 1), ("specificity", t[:, column] == 0)):
+                low, high = binomial_interval(int(correct[rows].sum()), int(rows.sum()), "wilson")
+                value = {"value": float(correct[rows].mean()), "low": low, "high": high}
+                report["labels"][classes[column]][name] = value
+    chances = {"auroc": 0.5, "average_precision": prevalence[usable].mean()} if usable else {}
+    for name, chance in chances.items():
+        metric = auroc if name == "auroc" else average_precision
+        each = [statistic(metric, column) for column in usable]
+        report[name] = _measured(partial(_mean_of, each), len(s), chance)
+    return report
+
+
+def _mean_of(statistics: Sequence[Callable[[np.ndarray], float]], rows: np.ndarray) -> float:
+    return float(np.nanmean([statistic(rows) for statistic in statistics]))
+
+
+def best_threshold(scores: Tensor, truth: Tensor) -> float:
+    """The score (N,) with the highest sensitivity + specificity (Youden's J), if rows from it on count as present.
+
+    truth (N,): 1 present, 0 absent, NaN unknown; both have to occur.
+    """
+    levels = scores[~truth.isnan()].unique()
+    present, absent = scores[truth == 1], scores[truth == 0]
+    gain = [((present >= s).double().mean() - (absent >= s).double().mean()).item() for s in levels]
+    return float(levels[int(np.argmax(gain))])
+
+
+def _measured(statistic: Callable[[np.ndarray], float], count: int, chance: float) -> dict[str, float]:
+    low, high = percentile_interval(statistic, count, draws=1000)
+    return {"value": statistic(np.arange(count)), "low": low, "high": high, "chance": float(chance)}
+
+
+def average_precision(levels: np.ndarray, positive: np.ndarray) -> float:
+    """Compute the sum over score levels, from the top, of the gain in recall times the precision there.
+
+    levels (N,) as for `auroc`, positive (N,) bool. Equal scores are one level, so their order does not matter. NaN
+    without positive rows.
+    """
+    positives = np.bincount(levels[positive], minlength=levels.max(initial=0) + 1)[::-1]
+    counts = np.bincount(levels, minlength=levels.max(initial=0) + 1)[::-1]
+    precision = positives.cumsum() / counts.cumsum().clip(1)
+    return float(positives @ precision / positives.sum()) if positives.any() else float("nan")
 
 
 def auroc(levels: np.ndarray, positive: np.ndarray) -> float:
@@ -69,8 +145,8 @@ def auroc(levels: np.ndarray, positive: np.ndarray) -> float:
     that a bootstrap sorts the scores only once; positive (N,) bool. NaN if there are no positive or no negative rows.
     Mann and Whitney 1947; Hanley and McNeil 1982.
     """
-    positives = np.bincount(levels[positive], minlength=levels.max() + 1)
-    negatives = np.bincount(levels[~positive], minlength=levels.max() + 1)
+    positives = np.bincount(levels[positive], minlength=levels.max(initial=0) + 1)
+    negatives = np.bincount(levels[~positive], minlength=levels.max(initial=0) + 1)
     below = negatives.cumsum() - negatives / 2  # negatives of a lower score, and half of those of the same score
     pairs = positives.sum() * negatives.sum()
     return float(positives @ below / pairs) if pairs else float("nan")

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from clip_medical.evaluation.table import Row
@@ -17,7 +18,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 UNADAPTED, ADAPTED, ACCENT = "#999999", "#0072B2", "#D55E00"  # from the palette of Okabe and Ito
 COLOURS = {"unadapted": UNADAPTED, "adapted": ADAPTED}
+# For captions in Chinese, Japanese or Korean: whatever of these is installed, beside matplotlib's own font.
+CJK = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC"]
+INSTALLED = {font.name for font in fontManager.ttflist}
 plt.rcParams |= {
+    "font.family": ["DejaVu Sans", *(name for name in CJK if name in INSTALLED)],
     "text.parse_math": False,
     "font.size": 11,
     "axes.spines.top": False,

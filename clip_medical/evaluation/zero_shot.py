@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clip_medical.evaluation.classification import multilabel_report
 from clip_medical.evaluation.retrieval import bootstrap_interval
 from clip_medical.model import Clip
 
@@ -56,6 +57,24 @@ def class_scores(clip: Clip, facet: str, classes: Sequence[str], images: Tensor)
     return torch.logsumexp(scale * cosines, dim=2) - math.log(cosines.shape[2])
 
 
+def label_sets(names: Sequence[str]) -> tuple[list[str], Tensor] | None:
+    """Read N cells "A|B" ("A?": A is uncertain) -> L labels and truth (N, L): 1, 0 or NaN for uncertain.
+
+    Returns None if no image has several labels: then they are classes that exclude each other.
+    """
+    sets = [name.split("|") if name else [] for name in names]
+    if all(len(labels) < 2 for labels in sets) and not any(name.endswith("?") for name in names):
+        return None
+    classes = sorted({label.removesuffix("?") for labels in sets for label in labels})
+    truth = [[float("nan") if f"{c}?" in labels else float(c in labels) for c in classes] for labels in sets]
+    return classes, torch.tensor(truth)
+
+
+def multilabel_scores(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
+    """Score each label by itself, without a softmax: images (N, D) -> (N, L), the mean cosine with its prompts."""
+    return torch.einsum("nd,cgd->ncg", images, class_features(clip, facet, classes)).mean(dim=2)
+
+
 def ranks_in_list(scores: Tensor, column: Tensor) -> Tensor:
     """Count the other labels that score at least as high as the label `column` (N,) of each row; scores (N, L) -> (N,).
 
@@ -67,16 +86,28 @@ def ranks_in_list(scores: Tensor, column: Tensor) -> Tensor:
     return (scores >= scores.gather(1, column[:, None])).sum(dim=1) - 1
 
 
+def multilabel(clip: Clip, facet: str, names: Sequence[str], images: Tensor) -> dict[str, Any]:
+    """The `multilabel_report` of images (N, D) over the rows with a label; names: N cells "A|B" of `label_sets`."""
+    rows = [row for row, name in enumerate(names) if name]
+    classes, truth = label_sets([names[row] for row in rows]) or ([], torch.empty(0, 0))
+    scores = multilabel_scores(clip, facet, classes, images[rows])
+    return multilabel_report(scores, truth, classes, clip.thresholds.get(facet))
+
+
 def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -> dict[str, Any]:
     """Compute the accuracy of each facet over the rows that have a label of it.
 
     images (N, D) unit length; labels: facet -> N class names, "" where unknown. The classes are those that occur.
     Returns facet -> {"accuracy", "low", "high" (95 %, bootstrap), "chance" (1 / number of classes),
     "balanced_accuracy" (mean over classes), "n", "classes"}, without facets of fewer than two classes. A class that
-    ties with the true one counts as predicted instead of it. Raises ValueError on features that are not finite.
+    ties with the true one counts as predicted instead of it. A facet in which images have several labels has a
+    `multilabel_report` instead. Raises ValueError on features that are not finite.
     """
     report: dict[str, Any] = {}
     for facet, names in labels.items():
+        if facet in PROMPTS["templates"] and label_sets(names):
+            report |= {facet: result} if (result := multilabel(clip, facet, names, images))["classes"] else {}
+            continue
         classes = sorted(set(names) - {""})
         if facet not in PROMPTS["templates"] or len(classes) < 2:
             continue

@@ -76,10 +76,15 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken, with the peak learning rates of this object, not of the state."""
+        peaks = self.schedule.base_lrs
         self.load_weights(state["parameters"])
         self.adamw.load_state_dict(state["adamw"])
         self.schedule.load_state_dict(state["schedule"])
+        self.schedule.base_lrs = peaks
+        factor = self.schedule.lr_lambdas[0](self.schedule.last_epoch)
+        for group, peak in zip(self.adamw.param_groups, peaks, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * factor
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
 

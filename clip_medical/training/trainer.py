@@ -1,5 +1,6 @@
 """The training loop, and what a run needs to be saved, resumed and reported."""
 
+import hashlib
 import json
 import math
 import time
@@ -57,6 +58,8 @@ class Trainer:
             raise UserError(f"--batch-size {config.batch_size} is not a multiple of the {processes} processes.")
         self.pairs_per_process = config.batch_size // distributed.world_size()
         self.precision = str(clip.dtype).removeprefix("torch.")
+        content = json.dumps([list(train.digests), train.split.captions]).encode()
+        self.identity = {"training pairs": hashlib.sha256(content).hexdigest(), "base model": clip.fingerprint}
         # the circumstances that a plan is made for: with others, --resume makes a new one
         self.plan_for = [config.chunk_size, config.checkpointing, distributed.world_size(), clip.device.type]
 
@@ -79,11 +82,16 @@ class Trainer:
                 self.chance = flight_check(clip, batch, self.loss, self.optimizer, self.plan, self.steps)
                 if clip.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()  # the checks hold copies of the model
-                if distributed.rank() == 0:
-                    settings = json.dumps(asdict(self.config) | {"preset": preset}, indent=2)
-                    write_text(make_folder(self.folder) / "config.json", settings + "\n")
+                self._write_settings(preset)
                 self.save()  # so that the run can be resumed whenever it is killed
+            else:
+                self._write_settings(preset)
             self._loop()
+
+    def _write_settings(self, preset: str) -> None:
+        if distributed.rank() == 0:
+            settings = json.dumps(asdict(self.config) | {"preset": preset}, indent=2)
+            write_text(make_folder(self.folder) / "config.json", settings + "\n")
 
     def _loop(self) -> None:
         """Take steps `done` + 1 to `steps`; each is a line of metrics.jsonl."""
@@ -99,7 +107,7 @@ class Trainer:
                 loss = contrastive_backward(clip, batch, self.loss, self.plan.chunk_size, optimizer.scaler.scale)
                 if not loss.isfinite():
                     self._refuse(batch, "loss")
-                lr, norm = optimizer.schedule.get_last_lr()[0], optimizer.step(config.max_grad_norm)
+                lr, norm = optimizer.adamw.param_groups[0]["lr"], optimizer.step(config.max_grad_norm)
                 # fp16 skips the step and halves the loss scale; at a scale of 1, as always in fp32, it cannot
                 if not math.isfinite(norm) and optimizer.scaler.get_scale() <= 1:
                     self._refuse(batch, "gradient")
@@ -164,7 +172,7 @@ class Trainer:
         if distributed.rank() == 0:
             state = {"step": self.done, "optimizer": self.optimizer.state_dict(), "best": asdict(self.best),
                      "random": states, "plan": asdict(self.plan), "plan_for": self.plan_for, "chance": self.chance,
-                     "precision": self.precision, "encoder": self.clip.encoder.name,
+                     "precision": self.precision, "identity": self.identity, "encoder": self.clip.encoder.name,
                      "config": asdict(self.config)}  # fmt: skip
             checkpoint.save(self.folder, state)
 
@@ -179,6 +187,12 @@ class Trainer:
                 f"The run in {self.folder} was started in {state['precision']} and would continue in "
                 f"{self.precision}. Resume it with --precision {flag}, or start a new run."
             )
+        for what, digest in state["identity"].items():
+            if digest != self.identity[what]:
+                raise UserError(
+                    f"The {what} of the run in {self.folder} had another content. They may lie elsewhere with "
+                    "--resume, but have to be the same. Bring them back, or start a new run."
+                )
         if state["encoder"] != self.clip.encoder.name:
             print(f"         the steps so far were computed by the {state['encoder']} encoder: rounding can differ")
         self.done, self.best, self.chance = state["step"], Best(**state["best"]), state["chance"]
@@ -190,6 +204,10 @@ class Trainer:
             self.plan = make_plan(self.clip, epoch, self.config, self.pairs_per_process)
         self.clip.set_checkpointing(self.plan.checkpointing)
         restore(state["random"][distributed.rank() % len(state["random"])])
+        report = self.folder / "report.md"
+        if report.is_file() and self.done >= self.steps:
+            raise UserError(f"The run in {self.folder} has taken {self.done} steps. Give more --steps to extend it.")
+        report.unlink(missing_ok=True)  # of a complete run that goes on: it is complete no more
         print(f"Resumed  after step {self.done} of {self.steps}, from the checkpoint in {self.folder}")
         return True
 

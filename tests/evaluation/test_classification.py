@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_medical.evaluation.classification import auroc, calibration, classification_report
+from clip_medical.evaluation.classification import (
+    auroc,
+    average_precision,
+    best_threshold,
+    calibration,
+    classification_report,
+    multilabel_report,
+)
 
 CLASSES = ["CT", "MRI", "X-ray"]
 
@@ -28,6 +35,44 @@ def test_auroc_equals_scikit_learn() -> None:
         levels = np.unique(scores, return_inverse=True)[1]
         assert auroc(levels, positive) == pytest.approx(metrics.roc_auc_score(positive, scores), abs=1e-12)
     assert auroc(np.zeros(10, int), np.arange(10) < 4) == 0.5  # constant scores
+
+
+def test_average_precision_equals_scikit_learn() -> None:
+    """Catches the trapezoidal area, which is too high, and ties in the order of the rows."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    for distinct in (3, 20, 10_000):
+        scores = np.floor(rng.random(80) * distinct) / distinct
+        positive = rng.random(80) < 0.3 + 0.4 * scores
+        levels = np.unique(scores, return_inverse=True)[1]
+        expected = metrics.average_precision_score(positive, scores)
+        assert average_precision(levels, positive) == pytest.approx(expected, abs=1e-12)
+
+
+def test_several_labels_of_an_image_are_scored_one_by_one() -> None:
+    """Catches uncertain rows counted as negative, labels without negatives in the mean, and a wrong chance level."""
+    nan = float("nan")
+    truth = torch.tensor([[1.0, 0, 1], [0, 1, 1], [1, nan, 1], [0, 0, 1]])
+    scores = torch.tensor([[0.9, 0.1, 0], [0.2, 0.3, 0], [0.8, 0.9, 0], [0.3, 0.2, 0]])
+    report = multilabel_report(scores, truth, ["A", "B", "C"])
+    assert report["classes"] == ["A", "B"] and report["n"] == 4
+    assert report["labels"]["A"]["auroc"]["value"] == report["labels"]["B"]["auroc"]["value"] == 1
+    assert report["labels"]["B"]["average_precision"]["chance"] == pytest.approx(1 / 3)
+    assert report["average_precision"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    reversed_scores = multilabel_report(-scores, truth, ["A", "B", "C"])
+    assert reversed_scores["auroc"]["value"] == 0 and reversed_scores["labels"]["A"]["positives"] == 2
+    with_threshold = multilabel_report(scores, truth, ["A", "B", "C"], {"A": 0.25})["labels"]
+    assert with_threshold["A"]["sensitivity"]["value"] == 1 and with_threshold["A"]["specificity"]["value"] == 0.5
+    assert "sensitivity" not in with_threshold["B"]
+    with pytest.raises(ValueError, match="NaN"):
+        multilabel_report(scores * nan, truth, ["A", "B", "C"])
+
+
+def test_the_best_threshold_by_hand() -> None:
+    """Catches a threshold that an unknown row decides, and one above the score that should count as present."""
+    truth = torch.tensor([0, 0, 1, 1, float("nan"), 0])
+    scores = torch.tensor([0.1, 0.2, 0.4, 0.6, 0.3, 0.5])
+    assert best_threshold(scores, truth) == pytest.approx(0.4)  # sensitivity 1, specificity 2/3; at 0.6 1/2 and 1
 
 
 def test_report_equals_scikit_learn() -> None:

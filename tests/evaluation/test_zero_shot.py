@@ -9,6 +9,7 @@ from clip_medical.evaluation.zero_shot import (
     PROMPTS,
     class_features,
     class_scores,
+    label_sets,
     prompts,
     ranks_in_list,
     zero_shot_report,
@@ -61,6 +62,15 @@ def test_report_leaves_unknown_labels_out(clip: Clip) -> None:
     assert list(report) == ["modality"] and report["modality"]["n"] == 4
     assert report["modality"]["accuracy"] == 0.5  # two of three CT are right, the one MRI is not
     assert report["modality"]["balanced_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_label_sets() -> None:
+    """Catches uncertain labels as absent, and exclusive classes taken for label sets."""
+    assert label_sets(["CT", "MRI", ""]) is None
+    classes, truth = label_sets(["B|A", "A?", "", "B"]) or ([], torch.empty(0))
+    assert classes == ["A", "B"]
+    expected = torch.tensor([[1, 1], [float("nan"), 0], [0, 0], [0, 1]])
+    torch.testing.assert_close(truth, expected, equal_nan=True)
 
 
 def test_uninformative_features_have_no_accuracy(clip: Clip) -> None:

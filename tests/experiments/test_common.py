@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import train
 from clip_medical import load_clip, load_run
+from clip_medical.data.dataset import load_data
 from experiments import common
 from experiments.recall import Recall
 from tests.experiments.tools import Command, results
@@ -30,8 +34,9 @@ def test_results_of_both_models_with_provenance(
 ) -> None:
     """Catches results without the unadapted model, without command, seed, encoder and hardware, or with local paths."""
     assert command(name, "--run", finished, "--output", tmp_path) == 0
-    heading = capsys.readouterr().out.splitlines()[0].split()
-    assert heading[:2] == ["unadapted", "adapted"]
+    source, heading, *_ = capsys.readouterr().out.splitlines()
+    assert source == "Data     phantoms, seed 0: 40 pairs (splits of the source)"
+    assert heading.split()[:2] == ["unadapted", "adapted"]
     content = results(tmp_path, name)
     assert content["command"].startswith(f"python -m experiments.{name} --run ")
     assert "/somewhere" not in content["command"]
@@ -101,6 +106,99 @@ def test_the_skeleton_of_the_docstring_is_an_experiment(finished: Path, tmp_path
     )
 
 
+def folder_of_images(folder: Path, numbers: range, header: str = "file_name,text,modality") -> Path:
+    """Write a table metadata.csv and its images, whose texture is drawn from their number."""
+    folder.mkdir(parents=True)
+    rows = [f"{n}.png,caption {n},{('CT', 'ct', 'MRI')[n % 3]}" for n in numbers]
+    (folder / "metadata.csv").write_text("\n".join([header, *rows]) + "\n")
+    for n in numbers:
+        noise = np.random.default_rng(n).integers(0, 256, (40, 40), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{n}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
+    """A folder with run/, trained with seed 3 on 40 images, and data/, which have been moved there since."""
+    folder = tmp_path_factory.mktemp("own")
+    data = folder_of_images(folder / "before", range(40), "file_name,my words,modality")
+    flags = ["--data", data, "--caption-column", "my words", "--model", load_run(finished).name, "--fragments", 0]
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [*flags, "--steps", 1, "--batch-size", 8, "--seed", 3, "--output", folder / "run"]
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        assert train.main() == 0
+    data.rename(folder / "data")
+    return folder
+
+
+def test_moved_data_are_recognised_with_the_split_of_the_run(trained: Path, tmp_path: Path, command: Command) -> None:
+    """Catches training pairs measured as held out: another seed would split the moved data in another way."""
+    assert command("recall", "--run", trained / "run", "--data", trained / "data", "--output", tmp_path) == 0
+    data = results(tmp_path, "recall")["data"]
+    provenance = json.loads((trained / "run" / "adapter" / "provenance.json").read_text())
+    assert data["fingerprint"] == provenance["data"]["fingerprint"] and data["validation pairs"] == 4
+
+
+def test_a_table_to_measure_on_is_taken_whole(
+    trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a tenth of the rows measured in silence, and CT and ct as two classes."""
+    other = folder_of_images(tmp_path / "other", range(100, 130))
+    flags = ["--run", trained / "run", "--data", other, "--caption-column", "text", "--output", tmp_path]
+    assert command("zero_shot", *flags) == 0
+    content = results(tmp_path, "zero_shot")
+    assert content["results"]["adapted"]["modality"]["n"] == 30
+    assert sorted(content["results"]["adapted"]["modality"]["classes"]) in (["CT", "MRI"], ["MRI", "ct"])
+    assert f"{other}: 30 pairs (all of its rows)" in capsys.readouterr().out
+    assert command("recall", *flags, "--limit", 12) == 0
+    assert "12 of 30 pairs" in capsys.readouterr().out
+    assert command("recall", *flags, "--split", "test") == 2
+    assert "Choose one of them with --split" in capsys.readouterr().err
+
+
+def test_images_that_were_trained_on_are_told_or_left_out(
+    trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches training images, copied under other names into a test set, reported as unseen."""
+    other = folder_of_images(tmp_path / "other", range(100, 112))
+    for n in range(3):
+        shutil.copy(trained / "data" / f"{train_number(trained, n)}.png", other / f"{100 + n}.png")
+    flags = ["--run", trained / "run", "--data", other, "--caption-column", "text", "--output", tmp_path]
+    assert command("recall", *flags) == 0
+    table, warning = capsys.readouterr().out.rpartition("3 of 12 images")[::2]
+    assert "Recall@1" in table and "not of held-out data" in warning and "--leave-out-trained" in warning
+    assert results(tmp_path, "recall")["data"]["trained on"] == 3
+    assert command("recall", *flags, "--leave-out-trained") == 0
+    assert results(tmp_path, "recall")["data"]["validation pairs"] == 9
+    assert results(tmp_path, "recall")["results"]["adapted"]["image -> text"]["pool"] == 9
+    only = folder_of_images(tmp_path / "only", range(200, 203))
+    for n in range(3):
+        shutil.copy(trained / "data" / f"{train_number(trained, n)}.png", only / f"{200 + n}.png")
+    assert command("recall", *flags[:3], only, *flags[4:], "--leave-out-trained") == 2
+    assert "none is left" in capsys.readouterr().err
+
+
+def train_number(trained: Path, place: int) -> str:
+    """The number of an image that was trained on."""
+    split = load_data(str(trained / "data"), caption_column="my words", seed=3).train
+    return split.ids[place].removesuffix(".png")
+
+
+def test_findings_of_which_an_image_can_have_several(trained: Path, tmp_path: Path, command: Command) -> None:
+    """Catches label sets measured as classes that exclude each other."""
+    other = folder_of_images(tmp_path / "other", range(100, 124))
+    rows = (other / "metadata.csv").read_text().splitlines()
+    kinds = ("Edema|Effusion", "Effusion", "No Finding")
+    table = "\n".join([f"{rows[0]},finding", *(f"{row},{kinds[n % 3]}" for n, row in enumerate(rows[1:]))])
+    (other / "metadata.csv").write_text(table)
+    flags = ["--run", trained / "run", "--data", other, "--caption-column", "text", "--output", tmp_path]
+    assert command("zero_shot", *flags, "--facet", "finding") == 0
+    reports = results(tmp_path, "zero_shot")["results"]["adapted"]
+    assert set(reports) == {"finding", "finding Edema", "finding Effusion", "finding No Finding"}
+    assert reports["finding Effusion"]["n"] == "16 of 24" and 0 <= reports["finding Edema"]["auroc"]["value"] <= 1
+    assert reports["finding"]["average_precision"]["chance"] == pytest.approx((8 + 16 + 8) / 24 / 3)
+
+
 USER_ERRORS = {
     "neither run nor model": ("recall", [], "--run"),
     "both run and model": ("recall", ["--run", "{run}", "--model", "tiny-clip"], "either"),
@@ -110,7 +208,7 @@ USER_ERRORS = {
     "output below a file": ("recall", ["--run", "{run}", "--output", "{run}/config.json/x"], "--output"),
     "index below a file": ("search", ["--run", "{run}", "--index", "{run}/config.json/x", "--add", "{tmp}"], "--index"),
     "seed": ("recall", ["--run", "{run}", "--seed", "-1"], "--seed"),
-    "no settings": ("ablation", ["--run", "{run}/adapter"], "config.json"),
+    "no settings": ("ablation", ["--run", "{tmp}/exported"], "config.json"),
     "no labels": ("stress_test", ["--run", "{run}", "--data", "{tmp}/plain.csv"], "labels"),
     "fewer than two classes": ("zero_shot", ["--run", "{run}", "--data", "{tmp}/plain.csv"], "labelled"),
     "no such facet": ("zero_shot", ["--run", "{run}", "--facet", "colour"], "modality"),
@@ -134,6 +232,7 @@ def test_user_errors_are_one_line_and_write_nothing(
     """Catches a traceback, another exit code than 2, and results written in spite of the error."""
     name, arguments, named = USER_ERRORS[error]
     (tmp_path / "empty").mkdir()
+    shutil.copytree(finished / "adapter", tmp_path / "exported")
     Image.new("L", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "plain.csv").write_text("file_name,text,split\n" + "a.png,one,train\na.png,two,validation\n")
     before = sorted(finished.rglob("*"))

@@ -134,7 +134,7 @@ def test_memory_grows_with_the_chunk_and_not_with_the_batch() -> None:
         return epoch.batch(torch.arange(count) % N)
 
     peaks = {}
-    for chunk, count in ((4, 16), (4, 64), (8, 64)):
+    for chunk, count in ((4, 16), (4, 64), (16, 64)):
         pairs = batch(count)
         with LiveBytes() as live:
             contrastive_backward(clip, pairs, info_nce, chunk)
@@ -142,7 +142,7 @@ def test_memory_grows_with_the_chunk_and_not_with_the_batch() -> None:
         clip.model.zero_grad(set_to_none=True)
     features = 10 * 4 * 48 * 16 + 6 * 4 * 64**2  # what may grow: features of 48 more pairs, similarities of 64
     assert peaks[4, 64] < peaks[4, 16] + features
-    assert peaks[8, 64] > 1.5 * peaks[4, 64]
+    assert peaks[16, 64] > 2 * peaks[4, 64]
 
 
 def test_out_of_memory_is_a_user_error_with_the_flags_that_help(tmp_path: Path) -> None:
