@@ -41,6 +41,9 @@ def parse(kind: type[Options], arguments: list[str], command: str, default: Opti
 def exit_code(name: str, action: Callable[[], int]) -> int:
     """Run `action` and return its exit code; 2 after a UserError, 130 after Ctrl-C, 141 for a closed pipe (`|
     head`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console of Windows cannot show every caption
     try:
         try:
             return action()

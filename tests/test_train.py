@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +65,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_the_files_of_its_contract(finished: Path) -> None:
     """Catches a file of the run folder that is missing, or has other keys than its readers expect."""
     files = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
-    expected = {"config.json", "metrics.jsonl", "report.json", "report.md"}
+    expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "training_images.txt"}
     expected |= {"checkpoint/state.pt", "checkpoint/previous.pt"}
     expected |= {f"figures/{name}.png" for name in ("loss", "recall", "zero_shot", "search")}
     expected |= {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json")}
@@ -93,7 +95,7 @@ def test_the_unadapted_row_is_the_base_and_the_adapted_row_is_not(finished: Path
     config = Config(**{k: v for k, v in json.loads((finished / "config.json").read_text()).items() if k != "preset"})
     base = load_clip()
     data = load_data(config.data, limit=config.limit, seed=config.seed)
-    results = json.loads(json.dumps(evaluate(base, prepare(base, data.validation, "validation")).results))
+    results = json.loads(json.dumps(evaluate(base, prepare(data.validation, base.processor, "validation")).results))
     assert report["unadapted"] == results != report["adapted"]
 
 
@@ -236,7 +238,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
 def test_resume_refuses_another_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a run that continues with another learning rate as if nothing had changed."""
+    """Catches a run that continues with another batch size, learning rate, data or base model as if nothing had
+    changed."""
 
     class Stop:
         requested = True
@@ -244,8 +247,52 @@ def test_resume_refuses_another_configuration(
     monkeypatch.setattr(trainer_module, "StopRequest", Stop)
     assert run(monkeypatch, *SMALL, "--steps", "4", "--output", tmp_path / "run") == 130
     capsys.readouterr()
-    assert run(monkeypatch, *SMALL, "--steps", "4", "--output", tmp_path / "run", "--resume", "--lr", "1e-5") == 2
-    assert "--lr 0.006, not 1e-05" in capsys.readouterr().err
+    stopped: list[str | Path] = [*SMALL, "--steps", "4", "--output", tmp_path / "run", "--resume"]
+    assert run(monkeypatch, *stopped, "--rank", "4") == 2
+    assert "--rank 8, not 4" in capsys.readouterr().err
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"lr": 0.006', '"lr": 0.001'))
+    assert run(monkeypatch, *stopped) == 2  # without --lr, its default would take over unseen
+    assert "--lr 0.001, not 0.006" in capsys.readouterr().err
+    config.write_text(config.read_text().replace('"lr": 0.001', '"lr": 0.006'))
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt")
+    for what in ("training pairs", "base model"):
+        changed = state | {"identity": state["identity"] | {what: "other"}}
+        torch.save(changed, tmp_path / "run" / "checkpoint" / "state.pt")
+        assert run(monkeypatch, *stopped) == 2
+        assert f"The {what} of the run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_extended_where_its_flag_is_given(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches more steps refused, or taken with the learning rate of the old schedule, which has ended at 0."""
+    shutil.copytree(finished, tmp_path / "run")
+    steps = len((finished / "metrics.jsonl").read_text().splitlines())
+    flags = ["--output", str(tmp_path / "run"), "--resume", "--steps", str(steps + 3), "--lr", "0.004"]
+    assert run(monkeypatch, *SMALL, *flags) == 0
+    output = capsys.readouterr().out
+    assert f"--steps {steps} -> {steps + 3}" in output and "--lr 0.006 -> 0.004" in output
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == steps + 3
+    assert records[steps]["lr"] == pytest.approx(
+        0.004 * (1 + math.cos(math.pi * (steps - 1) / (steps + 2))) / 2, rel=0.02
+    )
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_an_adapter_and_in_one_tower(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches --from-adapter that starts from B = 0, and --towers that is ignored."""
+    flags = ["--steps", "1", "--lr", "1e-9", "--output"]
+    assert run(monkeypatch, *SMALL, *flags, tmp_path / "on", "--from-adapter", finished) == 0
+    before, after = adapter(finished), adapter(tmp_path / "on")
+    assert before.keys() == after.keys()
+    assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+    assert run(monkeypatch, *SMALL, *flags, tmp_path / "tower", "--towers", "vision") == 0
+    assert all("vision_model" in name for name in adapter(tmp_path / "tower"))
 
 
 # ---- mistakes
@@ -294,6 +341,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "empty caption": (["--data", "{tmp}/empty"], "no text"),
     "unreadable image": (["--data", "{tmp}/damaged", "--batch-size", "4"], "3.png"),
     "batch larger than the data": (["--data", "{tmp}/good", "--batch-size", "500"], "--batch-size"),
+    "one caption for all": (
+        ["--data", "{tmp}/good", "--template", "X-ray", "--batch-size", "4"],
+        "captions are 'X-ray'",
+    ),
     "rank 0": (["--rank", "0"], "--rank"),
     "half a fragment": (["--fragments", "0.5"], "--fragments"),
     "rank above the width": (["--rank", "257"], "257"),

@@ -81,16 +81,18 @@ def packed_attention(
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if packing is IMAGES:
-        return attend(module, query, key, value, options["scaling"]), None
+        return attend(module, query, key, value, scale=options["scaling"]), None
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     mixed = [
-        attend(module, *(unpack(x, group) for x in rows), options["scaling"], causal=True).flatten(0, 1)
+        attend(module, *[unpack(x, group) for x in rows], scale=options["scaling"], causal=True).flatten(0, 1)
         for group in packing.groups
     ]
     return torch.cat(mixed).index_select(0, packing.scatter)[None], None
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> Tensor:
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool = False
+) -> Tensor:
     """softmax(scale * query key^T) value, (N, heads, L, d) each -> (N, L, heads, d)."""
     if module.training and query.device.type == "cpu" and query.dtype.itemsize == 2:
         # The backward pass of torch's fused kernel takes six times as long in half precision on a CPU.
@@ -177,14 +179,16 @@ def last_layer(layer: Any, hidden: Tensor, pooled: Tensor, packing: Packing | No
     key, value = (projection(normed) for projection in (attention.k_proj, attention.v_proj))
     key, value = (rows.unflatten(-1, (attention.num_heads, -1)) for rows in (key, value))
     if packing is None:
-        batches = [(query, key.transpose(1, 2), value.transpose(1, 2), None)]
+        batches: list[tuple[Any, ...]] = [(query, key.transpose(1, 2), value.transpose(1, 2), None)]
     else:
         queries = query.split([len(group.valid) for group in packing.groups])
         batches = [
             (each, unpack(key[0], group), unpack(value[0], group), group.valid)
             for each, group in zip(queries, packing.groups, strict=True)
         ]
-    mixed = [F.scaled_dot_product_attention(*batch, scale=attention.scale).flatten(1) for batch in batches]
+    mixed = [
+        F.scaled_dot_product_attention(q, k, v, mask, scale=attention.scale).flatten(1) for q, k, v, mask in batches
+    ]
     pooled = pooled + attention.out_proj(torch.cat(mixed))
     result: Tensor = pooled + layer.mlp(layer.layer_norm2(pooled))
     return result
