@@ -88,11 +88,6 @@ def run(preset: str, config: Config) -> int:
     trained = set(train_pairs.digests)
     if repeated := sum(digest in trained for digest in validation_pairs.digests):
         print(f"         {repeated:,} of the validation images are also in the training split of the source")
-    if len(train_pairs.caption_ids.unique()) == 1:
-        raise UserError(
-            f"All {len(train_pairs):,} training captions are {train_pairs.split.captions[0][:80]!r} to the model, so "
-            "nothing tells the images apart. Choose another --caption-column, or write captions with --template."
-        )
     trainer = Trainer(clip, train_pairs, validation_pairs, config, folder, loss=info_nce)
     torch.manual_seed(config.seed + distributed.rank())  # from here on only dropout draws, differently on each process
     trainer.train(preset)
@@ -110,6 +105,9 @@ def run(preset: str, config: Config) -> int:
         print(f"\nStopped after step {trainer.done} of {trainer.steps}. {folder} holds the adapter and a checkpoint.")
         print("To continue:\n" + shlex.join(["python", *flags, "--resume"]))
         return 130
+    # not in the provenance, which is published with the adapter: notes name files
+    facts["data"] |= {"split": data.split_rule, "notes": "; ".join(data.notes) or "none",
+                      "captions": train_pairs.cut or "none of them cut"}  # fmt: skip
     report(trainer, facts)
     return 0
 
@@ -120,9 +118,7 @@ def provenance(preset: str, trainer: Trainer, data: Data) -> dict[str, Any]:
     return {
         "run": {"command": shlex.join(["python", *sys.argv]), "preset": preset, "seed": config.seed},
         "data": {"source": data.source, "training pairs": len(trainer.train_pairs),
-                 "validation pairs": len(trainer.validation_pairs), "fingerprint": data_fingerprint(data),
-                 "split": data.split_rule, "cut": trainer.train_pairs.cut or "no captions",
-                 "notes": "; ".join(data.notes) or "none"},
+                 "validation pairs": len(trainer.validation_pairs), "fingerprint": data_fingerprint(data)},
         "model": {"base": config.model, "revision": clip.revision, "fingerprint": clip.fingerprint,
                   "rank": next(iter(lora_layers(clip.model).values())).rank,
                   "trainable parameters": parameters.trainable, "base parameters": parameters.total,

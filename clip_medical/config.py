@@ -146,7 +146,7 @@ RESUME_MAY_EXTEND = frozenset(("steps", "epochs", "lr"))
 
 
 PRESETS = {
-    # Phantoms, in 3 minutes. Their clean images and captions allow a high learning rate and a trained temperature.
+    # Phantoms, in minutes. Their clean images and captions allow a high learning rate and a trained temperature.
     "demo": replace(Config(), epochs=12, lr=6e-3, fragments=2, train_logit_scale=True),
     # ViT-B/32 on ROCOv2, for a 16 GB GPU. More than one fragment was not tried.
     "roco": replace(

@@ -52,7 +52,7 @@ class Clip:
         self.fingerprint = fingerprint
         self.revision = revision
         self.requested_encoder = requested_encoder
-        self.thresholds: dict[str, dict[str, float]] = {}  # facet -> label -> score, see evaluation/zero_shot.py
+        self.thresholds: dict[str, dict[str, float]] = {}  # facet -> label -> score, see evaluation/report.py
         self._choice: Choice | None = None
         self._chosen_for: list[Any] = []
 

@@ -184,13 +184,15 @@ class Experiment:
         The default is the data of the run, loaded and split as in training, so that no validation pair was trained on.
         The same holds if --data names them at another place. Raises UserError if these data have changed since.
         """
+        flags = "image_column", "caption_column", "template", "image_root"
+        given = {name: value for name in flags if (value := getattr(self, name)) is not None}
         root = run_root(self.run) if self.run else Path()
         expected = read_json(root / "adapter" / PROVENANCE).get("data", {}).get("fingerprint") if self.run else None
         data = None
         if self.split is None and (not self.data or expected):
             config = self.read_config()
             try:
-                data = load_data(self.data or config.data, **config.reading())
+                data = load_data(self.data or config.data, **config.reading() | given)
             except UserError:
                 if not self.data:
                     raise
@@ -201,11 +203,10 @@ class Experiment:
                         "been trained on. Restore the data, or name data the run has not seen with --data."
                     )
                 data = None
-        if data is None:  # not the data of the run
-            names = "image_column", "caption_column", "template", "image_root", "seed"
-            place = self.data or self.read_config().data
-            split = None if self.trains else self.split or ""
-            data = load_data(place, split=split, **{name: getattr(self, name) for name in names})
+        if data is None:  # other data than the run's, or another split of the run's
+            config = Config(data=self.data) if self.data else self.read_config()
+            reading = config.reading() | given | {"limit": None, "seed": self.seed}
+            data = load_data(config.data, split=None if self.trains else self.split or "", **reading)
         fingerprint, total = data_fingerprint(data), len(data.validation)
         if self.limit is not None:
             sample = sorted(random.Random(self.seed).sample(range(total), min(self.limit, total)))

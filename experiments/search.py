@@ -30,10 +30,15 @@ from clip_medical.evaluation.table import as_text
 from experiments.common import Experiment, Setup, main
 
 
-def start_of(file: Path) -> bytes:
-    """The first bytes of a file, which tell whether it is DICOM: such files often have no suffix."""
-    with open(file, "rb") as handle:
-        return handle.read(256)
+def is_image(file: Path) -> bool:
+    """Whether a file is to be indexed: by its suffix or, as DICOM files often have none, by its first bytes."""
+    if file.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        with open(file, "rb") as handle:
+            return is_dicom(handle.read(256))
+    except OSError:  # of another user
+        return False
 
 
 def items_of(split: Split, source: str, part: str) -> Iterator[Item]:
@@ -89,9 +94,10 @@ class Search(Experiment):
             return list(items_of(data.validation, data.source, "validation"))
         folder = Path(source)
         every = {file: None for file in sorted(folder.rglob("*")) if file.is_file() and file.name[0] != "."}
-        files = {f: None for f in every if f.suffix.lower() in IMAGE_SUFFIXES or is_dicom(start_of(f))}
+        files = {file: None for file in every if is_image(file)}
         stems = {file.with_suffix("") for file in files}
-        tables = [f for f in every if f.suffix in READERS and (f.suffix != ".txt" or f.with_suffix("") in stems)]
+        suffixes = READERS.keys() - {".txt"}
+        tables = [f for f in every if f.suffix.lower() in suffixes or f.suffix == ".txt" and f.with_suffix("") in stems]
         if files and not tables:  # images without captions, which load_data would refuse
             if others := Counter(f.suffix for f in every if f not in files):
                 listed = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common())

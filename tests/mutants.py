@@ -226,7 +226,7 @@ MUTANTS = [
            TEST_CLASSIFICATION + "test_uninformative_scores_have_no_accuracy"),
     Mutant("AUROC counts ties for the model", "AUROC too high: 1 for constant scores",
            CLASSIFICATION, "negatives.cumsum() - negatives / 2", "negatives.cumsum()",
-           TEST_CLASSIFICATION + "test_auroc_equals_scikit_learn"),
+           TEST_CLASSIFICATION + "test_areas_equal_those_of_scikit_learn"),
     Mutant("calibration error not weighted by bin size", "a few rare predictions decide the error",
            CLASSIFICATION, 'sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in filled) / len(hits)',
            'sum(abs(b["confidence"] - b["accuracy"]) for b in filled) / len(filled)',

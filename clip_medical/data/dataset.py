@@ -64,7 +64,7 @@ class Data:
     validation: Split
     source: str  # "folder ../radiology (train, validation)" or "phantoms, seed 0"
     split_rule: str  # "splits of the source" or "10 % of the rows held out by seed 0, ..."
-    notes: tuple[str, ...] = ()  # what a user should know: patients, rows left out, encoding
+    notes: tuple[str, ...] = ()  # what a user should know: patients in both splits, rows left out
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def load_data(
         try:
             tables = {name: read() for name, read in chosen.items()}
         except OSError as error:
-            raise no_access(error) from error
+            raise no_access(source, error) from error
         columns = Columns(image_column, caption_column, group_column, template, image_root)
         rows = {name: part for table in tables.items() for name, part in _by_split_column(*table, columns).items()}
         rows = by_split(rows, source, split) if len(tables) == 1 else rows
@@ -201,8 +201,8 @@ def _check(table: Table, given: Columns) -> tuple[_Rows, list[str]]:
         table = _one_image_a_row(table, image)
     others = [name for name in table.columns if name != image]
 
-    def texts(usual: Sequence[str], column: str | None = None) -> list[str]:
-        column = column or _find(others, usual)
+    def texts(usual: Sequence[str]) -> list[str]:
+        column = _find(others, usual)
         return _texts(table.columns[column]) if column else []
 
     count = len(table.origins) or len(table.columns[image])
@@ -215,14 +215,7 @@ def _check(table: Table, given: Columns) -> tuple[_Rows, list[str]]:
         paths = _locate(table, names, given.image_root)
         without = {f"image file in {given.image_root or table.folder}": [row for row in range(count) if not paths[row]]}
         read_cell, origins = paths.__getitem__, [file_version(path) if path else "" for path in paths]
-    labels = labels_from_cui(table.columns.get("cui", ()))
-    facets = {facet: _find([n for n in others if n != given.caption], usual) for facet, usual in FACETS.items()}
-    labels |= {facet: _classes(table.columns[name]) for facet, name in facets.items() if name}
-    labels |= _one_hot(table) if "finding" not in labels else {}
-    names_of_findings = {re.sub(r"\W", "", name.lower()) for name in labels.get("finding", [])} - {""}
-    if names_of_findings and names_of_findings <= MODALITIES and "modality" not in labels:  # folders named CT, MRI, ...
-        labels["modality"] = labels.pop("finding")
-
+    labels = _labels(table, [name for name in others if name != given.caption])
     captions, source = _captions(table, given, labels, image)
     without[f"text in {source}"] = [row for row in range(count) if not captions[row]]
     missing = {row for rows in without.values() for row in rows}
@@ -243,6 +236,18 @@ def _check(table: Table, given: Columns) -> tuple[_Rows, list[str]]:
     parts = texts(["split"])
     checked = _Rows(split.select(kept), [groups[row] for row in kept], grouped_by, notes)
     return checked, [parts[row] for row in kept] if parts else []
+
+
+def _labels(table: Table, names: list[str]) -> dict[str, list[str]]:
+    """Return facet -> N classes, from ROCOv2's codes and from the columns among `names` called like a facet."""
+    labels = labels_from_cui(table.columns.get("cui", ()))
+    columns = {facet: _find(names, usual) for facet, usual in FACETS.items()}
+    labels |= {facet: _classes(table.columns[column]) for facet, column in columns.items() if column}
+    labels |= _one_hot(table) if "finding" not in labels else {}
+    findings = {re.sub(r"\W", "", name.lower()) for name in labels.get("finding", [])} - {""}
+    if findings and findings <= MODALITIES and "modality" not in labels:  # folders named CT, MRI, ...
+        labels["modality"] = labels.pop("finding")
+    return labels
 
 
 def _groups(table: Table, names: list[str], column: str | None) -> tuple[list[str], str]:
@@ -266,12 +271,15 @@ FIRST_IMAGE = "the first image of the row"  # a column that `_one_image_a_row` a
 
 
 def _one_image_a_row(table: Table, image: str) -> Table:
-    """Give each image of a row that names several (a list, or "a.png;b.png") a row of its own."""
-    cells = [
-        cell if isinstance(cell, list | tuple) else re.split(r"\s*[;|]\s*", cell) if isinstance(cell, str) else [cell]
-        for cell in table.columns[image]
-    ]
-    cells = [[name for name in cell if name] or [""] for cell in cells]
+    """Give each image its own row where a row names several: a list, or "a.png;b.png"."""
+
+    def images(cell: Any) -> list[Any]:
+        if isinstance(cell, str):
+            names = [name for name in re.split(r"\s*[;|]\s*", cell) if name]
+            return names if names and all(os.path.splitext(name)[1] for name in names) else [cell]  # "a;b.png" is one
+        return ([name for name in cell if name] or [""]) if isinstance(cell, list) else [cell]
+
+    cells = [images(cell) for cell in table.columns[image]]
     if all(len(cell) == 1 for cell in cells):
         return table
     rows = [row for row, cell in enumerate(cells) for _ in cell]
@@ -387,7 +395,7 @@ def _locate(table: Table, names: list[str], image_root: str | None) -> list[str]
         for spelling in {name: None, name.replace("\\", "/"): None} if name else ():  # \\: from Windows
             for place in places if not path else ():
                 candidate = os.path.normpath(os.path.join(place[0], spelling) + place[1])
-                if not any(os.path.commonpath((root, candidate)) == root for root in roots):
+                if not any(Path(candidate).is_relative_to(root) for root in roots):
                     raise UserError(
                         f"{table.name}, row {row + 1}: {name!r} lies outside of {roots[-1]}. If you trust this table, "
                         "give the folder of the images by --image-root."
@@ -422,7 +430,7 @@ def _open_cell(read_cell: Callable[[int], Any], folder: Path, ids: list[str], ro
     if isinstance(cell, dict) and cell.get("path") and not cell.get("bytes"):
         member, _, archive = str(cell["path"]).partition("::")  # of `datasets`: zip://x.png::archive
         path = os.path.abspath(archive or folder / member)
-        if not any(os.path.commonpath((root, path)) == root for root in (os.path.abspath(folder), *CACHES)):
+        if not any(Path(path).is_relative_to(root) for root in (os.path.abspath(folder), *CACHES)):
             raise UnreadableImage(f"Image {ids[row]} cannot be read: {path} lies outside of {folder}.")
         try:
             cell = _zip(path).read(member.removeprefix("zip://").lstrip("/")) if archive else {"path": path}

@@ -51,7 +51,7 @@ def find_tables(source: str, revision: str | None, sample: Sample) -> tuple[str,
         if path.is_file():
             return "file", _file(path, sample)
     except OSError as error:
-        raise no_access(error) from error
+        raise no_access(source, error) from error
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise UserError(f"--data {source}: there is no such file or folder. A Hub dataset has the form owner/name.")
     commit, shards = hub_shards(source, revision)
@@ -60,8 +60,9 @@ def find_tables(source: str, revision: str | None, sample: Sample) -> tuple[str,
     return f"Hub commit {commit[:8]} of", tables
 
 
-def no_access(error: OSError) -> UserError:
-    return UserError(f"{error.filename} cannot be read: {error.strerror}. Check its permissions.")
+def no_access(source: str, error: OSError) -> UserError:
+    """The message for a file of `source` that the system does not give out."""
+    return UserError(f"{error.filename or source} cannot be read: {error.strerror or error}. Check its permissions.")
 
 
 def _folder(folder: Path, sample: Sample) -> Readers:

@@ -137,7 +137,7 @@ def write_report(
     plots.loss_curve(losses, facts["training"].get("chance level"), figures / "loss.png")
     plots.share_bars([row for row in rows if row not in zero_shot], "%, with 95 % interval", figures / "recall.png")
     if zero_shot:
-        plots.share_bars(zero_shot, "accuracy (%), with 95 % interval", figures / "zero_shot.png")
+        plots.share_bars(zero_shot, "%, with 95 % interval", figures / "zero_shot.png")
     queries = example_queries(split)
     hits = {
         model: [_hits(e.images @ query, labels, split) for query, (_, labels) in zip(e.queries, queries, strict=True)]

@@ -56,6 +56,11 @@ class Trainer:
         if config.batch_size % distributed.world_size():
             processes = distributed.world_size()
             raise UserError(f"--batch-size {config.batch_size} is not a multiple of the {processes} processes.")
+        if len(train.caption_ids.unique()) == 1:
+            raise UserError(
+                f"All {len(train):,} training captions are {train.split.captions[0][:80]!r} to the model, so nothing "
+                "tells the images apart. Choose another --caption-column, or write captions with --template."
+            )
         self.pairs_per_process = config.batch_size // distributed.world_size()
         self.precision = str(clip.dtype).removeprefix("torch.")
         content = json.dumps([list(train.digests), train.split.captions]).encode()
@@ -75,23 +80,20 @@ class Trainer:
             sample = Sample(clip.normalised(pairs.pixels[rows[:2]]), pairs.tokens[rows], pairs.lengths[rows])
             choice = clip.encoder_choice(sample)
             print(f"Encoder  {choice.encoder.name}: {choice.reason}")
-            if not (self.config.resume and self._resume()):
+            resumed = self.config.resume and self._resume()
+            if not resumed:
                 self.plan = make_plan(clip, Epoch(pairs, self.config, 0), self.config, self.pairs_per_process)
                 clip.set_checkpointing(self.plan.checkpointing)
                 batch = next(self._batches())
                 self.chance = flight_check(clip, batch, self.loss, self.optimizer, self.plan, self.steps)
                 if clip.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()  # the checks hold copies of the model
-                self._write_settings(preset)
+            if distributed.rank() == 0:  # also when resumed, as data or base model may lie elsewhere now
+                settings = json.dumps(asdict(self.config) | {"preset": preset}, indent=2)
+                write_text(make_folder(self.folder) / "config.json", settings + "\n")
+            if not resumed:
                 self.save()  # so that the run can be resumed whenever it is killed
-            else:
-                self._write_settings(preset)
             self._loop()
-
-    def _write_settings(self, preset: str) -> None:
-        if distributed.rank() == 0:
-            settings = json.dumps(asdict(self.config) | {"preset": preset}, indent=2)
-            write_text(make_folder(self.folder) / "config.json", settings + "\n")
 
     def _loop(self) -> None:
         """Take steps `done` + 1 to `steps`; each is a line of metrics.jsonl."""
@@ -187,7 +189,7 @@ class Trainer:
                 f"The run in {self.folder} was started in {state['precision']} and would continue in "
                 f"{self.precision}. Resume it with --precision {flag}, or start a new run."
             )
-        for what, digest in state["identity"].items():
+        for what, digest in state.get("identity", {}).items():  # absent from checkpoints of earlier versions
             if digest != self.identity[what]:
                 raise UserError(
                     f"The {what} of the run in {self.folder} had another content. They may lie elsewhere with "

@@ -245,6 +245,13 @@ def test_several_images_of_a_report(as_list: bool, tmp_path: Path) -> None:
         assert not set(data.train.captions) & set(data.validation.captions)
 
 
+def test_a_semicolon_in_a_file_name_is_no_list(tmp_path: Path) -> None:
+    """Catches a file name cut in two, and both halves reported as missing."""
+    rows: Rows = [[image(tmp_path / f"{n};left.png", n), f"caption {n}"] for n in range(4)]
+    data = load_data(str(write(tmp_path / "t.csv", ["file_name", "text"], rows)), split="")
+    assert levels(data.validation) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("column", ["PatientID", "patientId", "patientid", "uid", "StudyInstanceUID", "Who"])
 def test_a_column_of_patients_has_many_names(column: str, tmp_path: Path) -> None:
     """Catches images of one patient in both splits, and a run that does not say by what it grouped."""

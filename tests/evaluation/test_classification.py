@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clip_medical.evaluation.classification import (
+    Metric,
     auroc,
     average_precision,
     best_threshold,
@@ -25,28 +26,20 @@ def sample(seed: int = 0, n: int = 150) -> tuple[Tensor, Tensor]:
     return logits.softmax(dim=1), truth
 
 
-def test_auroc_equals_scikit_learn() -> None:
-    """Catches ties counted for the model (here up to a third of all scores), and positives and negatives swapped."""
-    metrics = pytest.importorskip("sklearn.metrics")
+@pytest.mark.parametrize(
+    ("ours", "name", "constant"), [(auroc, "roc_auc_score", 0.5), (average_precision, "average_precision_score", 0.4)]
+)
+def test_areas_equal_those_of_scikit_learn(ours: Metric, name: str, constant: float) -> None:
+    """Catches ties counted for the model or in the order of the rows (here up to a third of all scores), positives and
+    negatives swapped, and the trapezoidal area under the precision, which is too high."""
+    theirs = getattr(pytest.importorskip("sklearn.metrics"), name)
     rng = np.random.default_rng(0)
     for distinct in (3, 20, 10_000):
         scores = np.floor(rng.random(80) * distinct) / distinct
         positive = rng.random(80) < 0.3 + 0.4 * scores
         levels = np.unique(scores, return_inverse=True)[1]
-        assert auroc(levels, positive) == pytest.approx(metrics.roc_auc_score(positive, scores), abs=1e-12)
-    assert auroc(np.zeros(10, int), np.arange(10) < 4) == 0.5  # constant scores
-
-
-def test_average_precision_equals_scikit_learn() -> None:
-    """Catches the trapezoidal area, which is too high, and ties in the order of the rows."""
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
-    for distinct in (3, 20, 10_000):
-        scores = np.floor(rng.random(80) * distinct) / distinct
-        positive = rng.random(80) < 0.3 + 0.4 * scores
-        levels = np.unique(scores, return_inverse=True)[1]
-        expected = metrics.average_precision_score(positive, scores)
-        assert average_precision(levels, positive) == pytest.approx(expected, abs=1e-12)
+        assert ours(levels, positive) == pytest.approx(theirs(positive, scores), abs=1e-12)
+    assert ours(np.zeros(10, int), np.arange(10) < 4) == constant  # for constant scores
 
 
 def test_several_labels_of_an_image_are_scored_one_by_one() -> None:

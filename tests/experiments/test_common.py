@@ -139,6 +139,17 @@ def test_moved_data_are_recognised_with_the_split_of_the_run(trained: Path, tmp_
     assert data["fingerprint"] == provenance["data"]["fingerprint"] and data["validation pairs"] == 4
 
 
+def test_another_split_of_the_data_of_the_run_is_read_as_in_training(
+    trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches --split that forgets the columns of the run."""
+    settings = json.loads((trained / "run" / "config.json").read_text()) | {"data": str(trained / "data")}
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    assert command("recall", "--run", tmp_path / "run", "--split", "test") == 2
+    assert "Choose one of them with --split" in capsys.readouterr().err  # not: no caption column
+
+
 def test_a_table_to_measure_on_is_taken_whole(
     trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
