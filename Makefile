@@ -4,7 +4,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast bench mutants lint check clean
+.PHONY: help demo test test-fast bench notebooks mutants lint check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## adapt the bundled CLIP to synthetic radiology images and report, about 3 minutes on 2 cores
+demo: $(READY)  ## adapt the bundled CLIP to synthetic radiology images and report, 2 to 6 minutes on 2 cores
 	$(RUN) train.py
 
 test: $(READY)  ## all tests, about 8 minutes on 2 cores
@@ -26,6 +26,9 @@ test-fast: $(READY)  ## the tests that are not marked slow, about 3 minutes on 2
 
 bench: $(READY)  ## speed and memory beside peft and full fine-tuning
 	$(RUN) -m experiments.benchmark
+
+notebooks: $(READY)  ## execute the notebook and store its outputs, about 4 minutes on 2 cores
+	$(VENV)/bin/jupyter execute --inplace experiments/notebooks/lora_from_scratch.ipynb
 
 mutants: $(READY)  ## put known mistakes into a copy of the code and see a test fail on each; writes tests/MUTANTS.md
 	$(RUN) tests/mutants.py

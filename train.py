@@ -18,29 +18,21 @@ import torch
 
 from clip_medical import cli
 from clip_medical.config import Config, choose
-from clip_medical.data.batches import prepare
+from clip_medical.data.batches import Pairs, prepare
 from clip_medical.data.dataset import Data, data_fingerprint, load_data
 from clip_medical.errors import UserError
-from clip_medical.evaluation.report import choose_thresholds, environment, evaluate, result_rows, write_report
+from clip_medical.evaluation.calibration import calibrate
+from clip_medical.evaluation.report import environment, evaluate, result_rows, write_report
 from clip_medical.evaluation.table import as_text, comparison
 from clip_medical.model import load_clip
-from clip_medical.run_folder import (
-    THRESHOLDS,
-    TRAINED,
-    choose_folder,
-    load_base,
-    load_run,
-    save_run,
-    trained_on,
-    write_text,
-)
+from clip_medical.run_folder import CALIBRATION, choose_folder, load_base, load_run, save_run, trained_on, write_text
 from clip_medical.training import distributed
 from clip_medical.training.device import choose_device, choose_precision
 from clip_medical.training.logging import METRICS
 from clip_medical.training.loss import info_nce
 from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.trainer import Trainer
-from lora import LoRALinear, count_parameters, inject
+from lora import DoRALinear, LoRALinear, count_parameters, inject
 from lora.inject import lora_layers
 
 
@@ -70,12 +62,13 @@ def run(preset: str, config: Config) -> int:
     # model and adapter: all weights of CLIP are frozen; A and B are added to each target layer
     if config.from_adapter:
         clip = load_run(config.from_adapter, device, dtype, config.encoder, base=config.model)
+        clip.calibration = {}  # it is chosen anew
     else:
         clip = load_clip(config.model, device, dtype, encoder=config.encoder)
         towers = None if config.towers == "both" else f"{config.towers}_model"
         inject(
             clip.model, config.targets, config.rank, config.alpha, config.dropout, config.rslora, towers,
-            layer=LoRALinear,
+            layer=DoRALinear if config.dora else LoRALinear,
         )  # fmt: skip
     clip.model.logit_scale.requires_grad_(config.train_logit_scale)
     print(f"Model    {config.model} on {device.type} in {str(dtype).removeprefix('torch.')}: {why}")
@@ -84,8 +77,11 @@ def run(preset: str, config: Config) -> int:
     with distributed.rank_0_first():
         train_pairs = prepare(data.train, clip.processor, "training")
         validation_pairs = prepare(data.validation, clip.processor, "validation")
+        kept_back = prepare(data.calibration, clip.processor, "calibration") if len(data.calibration) else None
     print(f"Images   training: {train_pairs.summary}\n         validation: {validation_pairs.summary}")
-    trained = set(train_pairs.digests)
+    if kept_back is not None:
+        print(f"         {len(kept_back):,} more training pairs are kept back to calibrate probabilities")
+    trained = {*train_pairs.digests, *trained_on(config.from_adapter)}
     if repeated := sum(digest in trained for digest in validation_pairs.digests):
         print(f"         {repeated:,} of the validation images are also in the training split of the source")
     trainer = Trainer(clip, train_pairs, validation_pairs, config, folder, loss=info_nce)
@@ -98,8 +94,7 @@ def run(preset: str, config: Config) -> int:
     if trainer.best.step:
         trainer.optimizer.load_weights(trainer.best.weights)
     facts = provenance(preset, trainer, data)
-    save_run(clip, folder, config, facts)
-    write_text(folder / TRAINED, "\n".join([*train_pairs.digests, *trained_on(config.from_adapter)]) + "\n")
+    save_run(clip, folder, config, facts, train_pairs.digests)
     if trainer.done < trainer.steps:
         flags = [flag for flag in sys.argv if flag != "--resume"] + ([] if config.output else ["--output", str(folder)])
         print(f"\nStopped after step {trainer.done} of {trainer.steps}. {folder} holds the adapter and a checkpoint.")
@@ -108,7 +103,7 @@ def run(preset: str, config: Config) -> int:
     # not in the provenance, which is published with the adapter: notes name files
     facts["data"] |= {"split": data.split_rule, "notes": "; ".join(data.notes) or "none",
                       "captions": train_pairs.cut or "none of them cut"}  # fmt: skip
-    report(trainer, facts)
+    report(trainer, kept_back, facts)
     return 0
 
 
@@ -127,14 +122,14 @@ def provenance(preset: str, trainer: Trainer, data: Data) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report(trainer: Trainer, facts: dict[str, Any]) -> None:
-    """Measure the unadapted and the adapted model on the validation pairs; read the saved adapter back and compare."""
+def report(trainer: Trainer, kept_back: Pairs | None, facts: dict[str, Any]) -> None:
+    """Calibrate and measure the unadapted and the adapted model; read the saved adapter back and compare."""
     clip, folder, pairs = trainer.clip, trainer.folder, trainer.validation_pairs
     clip.model.eval()
     base = load_base(clip, folder)
-    thresholds = choose_thresholds({"unadapted": base, "adapted": clip}, trainer.train_pairs)
-    if any(thresholds.values()):
-        write_text(folder / "adapter" / THRESHOLDS, json.dumps(thresholds, indent=2) + "\n")
+    if kept_back is not None:  # temperatures and thresholds, chosen on pairs that are neither trained nor reported on
+        chosen = {"unadapted": calibrate(base, kept_back), "adapted": calibrate(clip, kept_back)}
+        write_text(folder / "adapter" / CALIBRATION, json.dumps(chosen, indent=2) + "\n")
     before, after = evaluate(base, pairs), evaluate(clip, pairs)
     print(f"\n{as_text(comparison(result_rows(before.results, after.results)))}")
     records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

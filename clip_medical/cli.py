@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -25,10 +25,11 @@ def parse(kind: type[Options], arguments: list[str], command: str, default: Opti
     Raises UserError for an unknown flag or a wrong value, SystemExit(0) after --help.
     """
     stderr = io.StringIO()
-    values = tyro.MISSING_NONPROP if default is None else default
+    values: Any = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, args=arguments, prog=command, default=values)
+            options: Options = tyro.cli(kind, args=arguments, prog=command, **values)
+            return options
     except SystemExit as end:
         if not end.code:  # --help
             raise

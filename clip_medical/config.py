@@ -46,6 +46,8 @@ class Config:
     dropout: float = 0.0
     # Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).
     rslora: bool = False
+    # DoRA instead: train the length of each row of the weights by itself (Liu et al. 2024).
+    dora: bool = False
     # Names of the linear layers to adapt.
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     # Towers to adapt.
@@ -60,8 +62,8 @@ class Config:
     # whole batch (cached gradients, Gao et al. 2021), for one more forward pass. Plain gradient accumulation is not
     # offered: it would take away negatives.
     chunk_size: int | Literal["auto"] = "auto"
-    # Fragments of each caption, a few of its first words, that are trained beside it, so that the text encoder learns
-    # short labels and queries too; the mean of their losses is added to that of the captions. 0: captions alone.
+    # Fragments of each caption, by turns of its first words and of the whole caption, that are trained beside it, so
+    # that the text encoder learns short labels and queries too; the mean of their losses is added. 0: captions alone.
     fragments: int = 4
     # Rotate, shift and zoom each training image a little, differently in every epoch. Never mirrored: left and right
     # matter.
@@ -147,7 +149,7 @@ RESUME_MAY_EXTEND = frozenset(("steps", "epochs", "lr"))
 
 PRESETS = {
     # Phantoms, in minutes. Their clean images and captions allow a high learning rate and a trained temperature.
-    "demo": replace(Config(), epochs=12, lr=6e-3, fragments=2, train_logit_scale=True),
+    "demo": replace(Config(), epochs=4, lr=6e-3, fragments=2, train_logit_scale=True),
     # ViT-B/32 on ROCOv2, for a 16 GB GPU. More than one fragment was not tried.
     "roco": replace(
         Config(),
@@ -157,7 +159,7 @@ PRESETS = {
         epochs=6,
         lr=5e-4,
         fragments=1,
-    ),
+    ),  # fmt: skip
 }
 
 

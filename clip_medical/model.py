@@ -22,6 +22,8 @@ from clip_medical.data.processor import Processor
 from clip_medical.encoder import Choice, Encoder, Sample, choose_encoder
 from clip_medical.errors import UserError
 
+NONE = "none of these"
+CAPTIONS = "captions"  # the calibration for labels in the user's own words
 AnImage = Image.Image | str | Path
 TINY = Path(__file__).parent / "assets" / "tiny-clip"
 
@@ -52,7 +54,7 @@ class Clip:
         self.fingerprint = fingerprint
         self.revision = revision
         self.requested_encoder = requested_encoder
-        self.thresholds: dict[str, dict[str, float]] = {}  # facet -> label -> score, see evaluation/report.py
+        self.calibration: dict[str, dict[str, float]] = {}  # by facet, see evaluation/calibration.py
         self._choice: Choice | None = None
         self._chosen_for: list[Any] = []
 
@@ -66,6 +68,10 @@ class Clip:
         """Dtype of the frozen weights; model.dtype is that of logit_scale, the first parameter, always fp32."""
         dtype: torch.dtype = self.model.vision_model.embeddings.class_embedding.dtype
         return dtype
+
+    def scale(self, facet: str) -> float:
+        """Factor of the cosines in a softmax over classes: 1 / temperature, calibrated for the facet if possible."""
+        return self.calibration.get(facet, {}).get("scale") or self.model.logit_scale.detach().float().exp().item()
 
     def set_checkpointing(self, on: bool) -> None:
         """In training, compute the activations of each layer twice instead of keeping them."""
@@ -98,11 +104,8 @@ class Clip:
     def _random_sample(self) -> Sample:
         """Noise images and random captions of all lengths, two of them equal; all share the start token."""
         generator, config = torch.Generator().manual_seed(0), cast(Any, self.model.config).text_config
-        size, context, end = (
-            self.processor.image_size,
-            self.processor.context_length,
-            self.processor.tokenizer.eos_token_id,
-        )
+        p = self.processor
+        size, context, end = p.image_size, p.context_length, p.tokenizer.eos_token_id
         lengths = torch.linspace(2, context, 7).long()
         ids = torch.randint(0, min(config.vocab_size, end), (7, context), generator=generator)
         ids[:, 0] = ids[0, 0]
@@ -149,17 +152,27 @@ class Clip:
         return torch.cat([self.text_features(*part).cpu() for part in parts])
 
     @torch.no_grad()
-    def classify(self, image: AnImage, labels: Sequence[str]) -> dict[str, float]:
-        """Return label -> probability: the softmax over the labels of exp(logit_scale) * cosine similarity.
+    def classify(self, image: AnImage, labels: Sequence[str], or_none: bool = False) -> dict[str, float]:
+        """Return label -> probability: the softmax over the labels of scale * cosine similarity.
 
         Write a label as a caption: "X-ray of the chest" works better than "chest". The probabilities add up to 1 over
-        these labels, so one of them is likely even where none fits.
+        these labels, so one of them is likely even where none fits. or_none adds the label NONE, which is the most
+        probable one where no label comes near enough; it needs a run that was calibrated.
         """
         if not labels or isinstance(labels, str) or len(set(labels)) < len(labels):
             raise UserError(f"Found labels {labels!r}, expected a list of distinct texts.")
         cosines = (self.encode_images(image) @ self.encode_texts(labels).T)[0]
-        probabilities = (self.model.logit_scale.detach().float().exp().cpu() * cosines).softmax(dim=0)
-        return dict(zip(labels, probabilities.tolist(), strict=True))
+        names = list(labels)
+        if or_none:
+            if CAPTIONS not in self.calibration or NONE in labels:
+                found = "that label given" if NONE in labels else "a model that is not calibrated"
+                raise UserError(
+                    f"Found {found}, expected other labels and a run of train.py, complete and with at least 300 "
+                    "training pairs. Leave out or_none."
+                )
+            names, floor = [*names, NONE], self.calibration[CAPTIONS]["floor"]
+            cosines = torch.cat([cosines, torch.tensor([floor])])
+        return dict(zip(names, (self.scale(CAPTIONS) * cosines).softmax(dim=0).tolist(), strict=True))
 
     def search(self, text: str, features: Tensor, k: int = 5) -> list[tuple[int, float]]:
         """Return the k images most similar to `text`, best first, as (row of `features`, cosine similarity).

@@ -1,7 +1,8 @@
 """The run folder: the contract between training and everything that reads a run.
 
 config.json      the Config of the run, with its preset    adapter/     the adapter in PEFT's layout, logit_scale.json
-metrics.jsonl    one object a step                                      and provenance.json, which PEFT ignores
+metrics.jsonl    one object a step                                      calibration.json and provenance.json, which
+                                                                        PEFT ignores
 report.json, report.md, figures/*.png                      checkpoint/  the state that --resume continues from
 training_images.txt  a hash of the pixels of each image that was trained on
 """
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -28,8 +30,8 @@ TRAINED = "training_images.txt"
 STATE = Path("checkpoint", "state.pt")
 SCALE = "logit_scale.json"  # in adapter/, where logit_scale was trained
 PROVENANCE = "provenance.json"  # in adapter/: command, seed, versions, fingerprints of base and data
-THRESHOLDS = "thresholds.json"  # in adapter/, where images have several labels: of both models
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SCALE, PROVENANCE, THRESHOLDS)
+CALIBRATION = "calibration.json"  # in adapter/: of both models, see evaluation/calibration.py
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SCALE, PROVENANCE, CALIBRATION)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -113,13 +115,18 @@ def write_text(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
-def save_run(clip: Clip, folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Write the adapter of a run, beside it logit_scale where it was trained, and `facts`, the provenance."""
+def save_run(clip: Clip, folder: Path, config: Config, facts: dict[str, Any], digests: Sequence[str]) -> None:
+    """Write the adapter of a run, beside it logit_scale where it was trained, and `facts`, the provenance.
+
+    digests: hashes of the images that it was trained on.
+    """
     adapter = folder / "adapter"
     save_adapter(clip.model, adapter, base_model=config.model)
     if config.train_logit_scale or config.from_adapter:  # the adapter that it went on from may have trained it
         write_text(adapter / SCALE, json.dumps({"logit_scale": clip.model.logit_scale.item()}) + "\n")
     write_text(adapter / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+    write_text(folder / TRAINED, "\n".join([*digests, *trained_on(config.from_adapter)]) + "\n")
+    (adapter / CALIBRATION).unlink(missing_ok=True)  # of the weights before these
 
 
 def load_run(
@@ -156,7 +163,7 @@ def load_run(
     scale = read_json(adapter / SCALE).get("logit_scale")
     if scale is not None:
         clip.model.logit_scale.data.fill_(scale)
-    clip.thresholds = read_json(adapter / THRESHOLDS).get("adapted", {})
+    clip.calibration = read_json(adapter / CALIBRATION).get("adapted", {})
     clip.model.eval()
     return clip
 
@@ -167,7 +174,7 @@ def load_base(adapted: Clip, run: str | Path) -> Clip:
     Not made by disabling the adapter: a trained temperature would remain in it.
     """
     base = load_clip(adapted.name, adapted.device, adapted.dtype, adapted.revision, adapted.requested_encoder)
-    base.thresholds = read_json(_find_adapter(run) / THRESHOLDS).get("unadapted", {})
+    base.calibration = read_json(_find_adapter(run) / CALIBRATION).get("unadapted", {})
     return base
 
 

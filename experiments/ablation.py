@@ -243,7 +243,7 @@ class Ablation(Experiment):
             rows[variant.name] = stored("variants", variant.name, train)
             if rate["at the edge"]:
                 print(
-                    f"{variant.name}: lr {rate['lr']:.2g} is the lowest or highest tried. A better one may lie beyond."
+                    f"{variant.name}: lr {rate['lr']:.2g} is at the edge of those tried. A better one may lie beyond."
                 )
 
         table = table_rows(bench.validation, rows, reference.name)

@@ -36,6 +36,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from clip_medical import cli
+from clip_medical import run_folder as runs
 from clip_medical.config import Config
 from clip_medical.data.batches import Pairs, prepare
 from clip_medical.data.dataset import Data, data_fingerprint, load_data
@@ -45,21 +46,11 @@ from clip_medical.evaluation.report import environment
 from clip_medical.evaluation.retrieval import bootstrap_interval
 from clip_medical.evaluation.table import Row, as_text, comparison, metric_rows
 from clip_medical.model import Clip, load_clip
-from clip_medical.run_folder import (
-    PROVENANCE,
-    TRAINED,
-    load_base,
-    load_run,
-    make_folder,
-    read_json,
-    run_root,
-    trained_on,
-    write_text,
-)
 from clip_medical.training.device import choose_device
 from experiments import figures
 
 RESULTS = Path(__file__).parent / "results"
+ROOT_OF_PROJECT = RESULTS.parent.parent
 
 Reports = dict[str, dict[str, Any]]  # task -> its "n", its metrics ({"value", ...} as for table.Row), and details
 Results = dict[str, Reports]  # model, "unadapted" first -> its reports
@@ -123,20 +114,28 @@ class Experiment:
         first = results["unadapted"].items()
         return [row for task, report in first for row in metric_rows(task, pick(results, task), report["n"])]
 
+    def title(self) -> str:
+        """Return the name of the files."""
+        return self.name
+
+    def remarks(self, results: Results) -> list[str]:
+        """Return lines to print below the table."""
+        return []
+
     def draw(self, results: Results, folder: Path) -> list[str]:
         """Draw the figures and return their file names.
 
         One shows all rows that are shares. Tasks with a `classification_report` also have a confusion matrix each, and
         all together a figure of their calibration.
         """
-        files = [f"{self.name}.png"]
+        files = [f"{self.title()}.png"]
         plots.share_bars(self.rows(results), "%, with 95 % interval", folder / files[0])
         tasks = [task for task, report in results["unadapted"].items() if "confusion" in report]
         for task in tasks:
-            files.append(f"{self.name}_confusion_{task}.png")
+            files.append(f"{self.title()}_confusion_{task}.png")
             figures.confusion(pick(results, task), task, folder / files[-1])
         if tasks:
-            files.append(f"{self.name}_reliability.png")
+            files.append(f"{self.title()}_reliability.png")
             figures.reliability({task: pick(results, task) for task in tasks}, folder / files[-1])
         return files
 
@@ -145,16 +144,16 @@ class Experiment:
         setup = self.load_models()
         pairs = self.prepare(self.load_data(setup), setup)
         results = {model: self.measure(clip, pairs) for model, clip in setup.models.items()}
-        print(as_text(comparison(self.rows(results))), *setup.warnings, sep="\n")
-        self.save(setup, self.name, results, *self.draw(results, setup.folder))
+        print(as_text(comparison(self.rows(results))), *self.remarks(results), *setup.warnings, sep="\n")
+        self.save(setup, self.title(), results, *self.draw(results, setup.folder))
         return 0
 
     def load_models(self) -> Setup:
         """Load the models in fp32, on the GPU where there is one."""
         device = choose_device()
         if self.run is not None:
-            adapted = load_run(self.run, device, base=self.base)
-            models = {"unadapted": load_base(adapted, self.run), "adapted": adapted}
+            adapted = runs.load_run(self.run, device, base=self.base)
+            models = {"unadapted": runs.load_base(adapted, self.run), "adapted": adapted}
         else:
             models = {"unadapted": load_clip(self.model or "", device)}
         local_run = self.run if self.run and Path(self.run).is_dir() else None  # else an adapter on the Hub, or --model
@@ -166,13 +165,13 @@ class Experiment:
             "model": {"run": self.run, **identity, "encoder": base.encoder.name},
             "environment": environment(),
         }
-        return Setup(models, make_folder(Path(self.output or local_run or RESULTS)), facts, [])
+        return Setup(models, runs.make_folder(Path(self.output or local_run or RESULTS)), facts, [])
 
     def read_config(self) -> Config:
         """Return the configuration of the run; with --model, the defaults of train.py for that model and --data."""
         if self.run is None:
             return Config(model=self.model or "", data=self.data or "phantoms", seed=self.seed)
-        stored = read_json(run_root(self.run) / "config.json")
+        stored = runs.read_json(runs.run_root(self.run) / "config.json")
         if not stored:
             raise UserError(f"{self.run} has no config.json. Give a run of train.py, or name the data with --data.")
         known: dict[str, Any] = {key: value for key, value in stored.items() if key in Config.__dataclass_fields__}
@@ -186,8 +185,10 @@ class Experiment:
         """
         flags = "image_column", "caption_column", "template", "image_root"
         given = {name: value for name in flags if (value := getattr(self, name)) is not None}
-        root = run_root(self.run) if self.run else Path()
-        expected = read_json(root / "adapter" / PROVENANCE).get("data", {}).get("fingerprint") if self.run else None
+        root = runs.run_root(self.run) if self.run else Path()
+        expected = (
+            runs.read_json(root / "adapter" / runs.PROVENANCE).get("data", {}).get("fingerprint") if self.run else None
+        )
         data = None
         if self.split is None and (not self.data or expected):
             config = self.read_config()
@@ -221,9 +222,10 @@ class Experiment:
         """Decode and tokenize the validation pairs; say how many of their images the run was trained on."""
         processor = setup.models["unadapted"].processor
         pairs = prepare(data.validation, processor, "validation")
-        trained = set(trained_on(self.run))
+        kept_back = prepare(data.calibration, processor, "calibration") if len(data.calibration) else None
+        trained = set(runs.trained_on(self.run))
         if self.run and not trained and not len(data.train):
-            print(f"         it is not known whether {self.run} was trained on some of these: it has no {TRAINED}")
+            print(f"         {self.run} has no {runs.TRAINED}: it is not known whether it was trained on some of these")
         new = [row for row, digest in enumerate(pairs.digests) if digest not in trained]
         if seen := len(pairs) - len(new):
             message = f"{seen:,} of {len(pairs):,} images of {data.source} were trained on by {self.run}"
@@ -232,15 +234,15 @@ class Experiment:
                     raise UserError(f"{message}, so none is left to measure on. Name other data.")
                 print(f"         {message}, and are left out")
                 setup.facts["data"] |= {"validation pairs": len(new), "trained on, left out": seen}
-                return prepare(pairs.split.select(new), processor, "validation")
+                return replace(prepare(pairs.split.select(new), processor, "validation"), kept_back=kept_back)
             setup.facts["data"]["trained on"] = seen
             setup.warnings.append(f"{message}: these results are not of held-out data. --leave-out-trained omits them")
             print(f"         {setup.warnings[-1]}")
-        return pairs
+        return replace(pairs, kept_back=kept_back)
 
     def save(self, setup: Setup, name: str, results: dict[str, Any], *files: str) -> None:
         """Write NAME.json atomically: the facts of `setup`, then the results. With names of figures, print them."""
-        write_text(setup.folder / f"{name}.json", json.dumps(setup.facts | {"results": results}, indent=2) + "\n")
+        runs.write_text(setup.folder / f"{name}.json", json.dumps(setup.facts | {"results": results}, indent=2) + "\n")
         if files:
             print(f"\nSaved    {setup.folder}: {', '.join([f'{name}.json', *files])}")
 

@@ -105,7 +105,8 @@ class Search(Experiment):
             return [Item(str(f.relative_to(folder)), source, "", {}, partial(decode, f, str(f))) for f in files]
         names = "image_column", "caption_column", "template", "image_root", "seed"
         data = load_data(source, **{name: getattr(self, name) for name in names})
-        return [*items_of(data.train, source, "train"), *items_of(data.validation, source, "validation")]
+        parts = {"train": data.train, "calibration": data.calibration, "validation": data.validation}
+        return [item for part, split in parts.items() for item in items_of(split, source, part)]
 
     def search(self, index: Index, setup: Setup) -> None:
         """Search with every model, then print, draw and save the best images."""

@@ -19,21 +19,18 @@ from torch import Tensor
 
 from clip_medical.data.batches import Pairs
 from clip_medical.data.dataset import FACETS
+from clip_medical.data.synthetic.shapes import scene
 from clip_medical.errors import UserError
 from clip_medical.evaluation.encode import encode
-from clip_medical.evaluation.zero_shot import class_scores, label_sets, ranks_in_list
+from clip_medical.evaluation.zero_shot import PROMPTS, class_cosines, class_scores, label_sets, ranks_in_list, refused
 from clip_medical.model import Clip
-from experiments.common import Experiment, Reports, main, share
+from experiments.common import Experiment, Reports, Results, main, share
 from experiments.zero_shot import Labels, facet_reports
 
 # A labelled image has another label of the same facet, so none of these can be true of it.
-DISTRACTORS = (
-    ("finding", "fracture"), ("anatomy", "foot"), ("modality", "PET"),
-    ("finding", "aneurysm"), ("anatomy", "shoulder"), ("modality", "scintigraphy"),
-    ("finding", "foreign body"), ("anatomy", "elbow"), ("modality", "endoscopy"),
-    ("finding", "pneumothorax"), ("anatomy", "eye"),
-)  # fmt: skip
+DISTRACTORS: list[tuple[str, str]] = [(facet, name) for facet, name in PROMPTS["distractors"]]
 TOP = 5
+UNRELATED = 200  # images of coloured shapes, which should be answered by "none of these"
 LABELS = 24  # as many as make it a stress test
 JOINT = ("modality", "anatomy")
 
@@ -62,6 +59,17 @@ def joint_report(scores: Tensor, columns: dict[str, Tensor]) -> dict[str, Any]:
     return report | {" and ".join(JOINT): share(hits["modality"] & hits["anatomy"]) | {"chance": chance}, "n": n}
 
 
+def confusions(reports: Reports, most: int = 10) -> list[str]:
+    """Describe the most frequent confusions of all facets: "  cyst called mass: 12 of 40 (30 %)"."""
+    found = []
+    for report in reports.values():
+        for true, row in enumerate(report.get("confusion", [])):
+            pairs = [(row[p], sum(row), report["classes"][true], report["classes"][p]) for p in range(len(row))]
+            found += [pair for p, pair in enumerate(pairs) if p != true and pair[0]]
+    found.sort(key=lambda pair: -pair[0])
+    return [f"  {true} called {called}: {n} of {total} ({n / total:.0%})" for n, total, true, called in found[:most]]
+
+
 class StressTest(Experiment):
     """Dozens of labels of all facets at once: top 1, top 5, calibration and confusions, before and after adaptation."""
 
@@ -75,14 +83,21 @@ class StressTest(Experiment):
         if not known or any(facet not in classes for facet in JOINT):
             raise UserError(f"This test needs labels of {' and '.join(JOINT)}. Name data that have them with --data.")
         reports = facet_reports(clip, images, labels, classes)
-        for report in reports.values():
-            report["calibration_error_(points)"] = {"value": round(100 * report["calibration"]["ece"], 1)}
+        scenes = clip.encode_images([scene(0, "unrelated", i).image for i in range(UNRELATED)])
+        for facet, report in reports.items():
+            if "floor" in clip.calibration.get(facet, {}):
+                cosines = class_cosines(clip, facet, classes[facet], scenes)
+                report["none_of_these,_unrelated_images"] = share(refused(clip, facet, cosines))
         column = {place: i for i, place in enumerate((facet, name) for facet in classes for name in classes[facet])}
         columns = {facet: torch.tensor([column[facet, labels[facet][row]] for row in known]) for facet in JOINT}
         scores = [class_scores(clip, facet, names, images[known]) for facet, names in classes.items()]
         for ranking, parts in (("score", scores), ("probability", [each.softmax(dim=1) for each in scores])):
             reports[f"top {TOP} of {len(column)} by {ranking}"] = joint_report(torch.cat(parts, dim=1), columns)
         return reports
+
+    def remarks(self, results: Results) -> list[str]:
+        """Return the most frequent confusions of the last model."""
+        return ["", f"Hardest confusions ({list(results)[-1]}):", *confusions(list(results.values())[-1])]
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Pretrain the tiny CLIP of the offline demo from scratch: `python -m experiments.train_tiny_clip`.
+"""Pretrain the tiny CLIP of the offline demo: `python -m experiments.train_tiny_clip`.
 
-The tiny CLIP stands in for OpenAI's CLIP where that cannot be downloaded. It is a general-domain model: it is trained
-on coloured shapes and sees little radiology, as 5 % of its images are phantoms, most of them with the caption of
-another phantom. Training has two phases:
+The tiny CLIP stands in for OpenAI's CLIP where that cannot be downloaded. CLIP has seen radiology images on the web,
+mostly with the words of laypeople. So the tiny CLIP learns from two kinds of images: scenes of coloured shapes, and
+phantoms that are described as somebody without medical words would, by "a smooth round bubble" for a cyst. A few
+phantoms have a radiological caption, most of them that of another phantom. Its image encoder can therefore see
+findings, but its text encoder does not know what radiologists call them: that is left to the adaptation.
 
-both towers   image and text encoder learn from whole captions
-text          with the image encoder frozen (LiT, Zhai et al. 2022), the text encoder also learns from fragments of
-              captions, since labels and queries are short
+Half of the captions are cut to fragments, as labels and queries are short.
 
-The result, `clip_medical/assets/tiny-clip/`, is a Hugging Face CLIP folder. Its `training.json` records command, seed,
-losses, hardware and versions. The bundled model was trained with an earlier version of the phantoms and of this script,
-so that a new training gives an equivalent model, not the same weights. It takes about an hour on two cores.
+The result, `clip_medical/assets/tiny-clip/`, is a Hugging Face CLIP folder. Its `training.json` records how it was
+made. The bundled model was trained with earlier versions of the phantoms and of this script, so that a new training
+gives an equivalent model, not the same weights. It takes a few hours on two cores.
 """
 
 import json
@@ -31,27 +31,33 @@ from clip_medical.config import Config
 from clip_medical.data.batches import row_batches
 from clip_medical.data.images import resize_and_crop
 from clip_medical.data.processor import Processor
-from clip_medical.data.synthetic.phantoms import describe, phantom
-from clip_medical.data.synthetic.shapes import SIZE, scene
+from clip_medical.data.synthetic import pick, random_stream
+from clip_medical.data.synthetic.phantoms import CONTENT, describe, phantom
+from clip_medical.data.synthetic.shapes import SIZE, TEMPLATES, scene
 from clip_medical.evaluation.report import environment
-from clip_medical.model import Clip
+from clip_medical.model import Clip, load_clip
 from clip_medical.run_folder import write_text
 from clip_medical.training.loss import info_nce, same_rows
 from clip_medical.training.optimizer import Optimizer
 
 # terms that get tokens of their own; few of them occur in the training captions, so their embeddings stay untrained
 RADIOLOGY_WORDS = Path(__file__).with_name("radiology_words.txt")
-MISLABELLED = 0.7  # fraction of the phantoms that get another phantom's caption
+RADIOLOGICAL = 0.08  # fraction of the phantoms with a radiological caption
+MISLABELLED = 0.7  # fraction of those whose caption is another phantom's
 
 
 @dataclass(frozen=True)
 class Options:
     """Pretrain the tiny CLIP of the offline demo."""
 
-    # Number of training images of coloured shapes. A twentieth as many phantoms are added.
+    # Number of training images of coloured shapes.
     scenes: int = 80_000
-    # Number of optimizer steps of both towers. The text encoder is trained for a quarter as many afterwards.
-    steps: int = 2_400
+    # Number of phantoms.
+    phantoms: int = 100_000
+    # Continue from this CLIP instead of a new one.
+    start: str | None = None
+    # Number of optimizer steps.
+    steps: int = 4_800
     # Pairs per step.
     batch_size: int = 256
     # Seed of the data, the initial weights and the order of the pairs.
@@ -87,17 +93,32 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
+def describe_plainly(seed: int, index: int) -> str:
+    """Describe a phantom without medical words, with size and place half of the time: "a smooth round bubble ..."."""
+    labels, rng = describe(seed, "pretrain", index)[1], random_stream(seed, "pretrain", index, 3)
+    size = f" that is {labels['size']}" if labels["size"] and rng.random() < 0.5 else ""
+    place = f" on the {labels['place']} side" if labels["place"] and rng.random() < 0.5 else ""
+    return str(CONTENT["findings"][labels["finding"]]["plain"]) + size + place
+
+
 def make_data(scenes: int, phantoms: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Return the training images (N, 3, SIZE, SIZE) uint8 and their N captions, scenes first."""
+    """Return the training images (N, 3, SIZE, SIZE) uint8 and their N captions, scenes first.
+
+    A caption without a full stop is a phrase, which gets another template each time.
+    """
     pixels = torch.empty((scenes + phantoms, 3, SIZE, SIZE), dtype=torch.uint8)
     captions = []
     for row in tqdm(range(scenes + phantoms), desc="images"):
+        index = row - scenes
         if row < scenes:
             image, caption, _ = scene(seed, "pretrain", row)
         else:
-            image, caption, _ = phantom(seed, "pretrain", row - scenes)
-            if np.random.default_rng((seed, row - scenes)).random() < MISLABELLED:
-                caption, _ = describe(seed, "pretrain", row - scenes + 1)
+            image = phantom(seed, "pretrain", index).image
+            chance = np.random.default_rng((seed, index)).random()
+            wrong = chance < RADIOLOGICAL * MISLABELLED
+            caption = (
+                describe(seed, "pretrain", index + wrong)[0] if chance < RADIOLOGICAL else describe_plainly(seed, index)
+            )
         pixels[row] = torch.tensor(resize_and_crop(image.convert("RGB"), SIZE)).permute(2, 0, 1)
         captions.append(caption)
     return pixels, captions
@@ -112,19 +133,19 @@ def fragment(caption: str, rng: np.random.Generator) -> str:
     return " ".join(words[first : first + int(rng.integers(1, 9))])
 
 
-def train(clip: Clip, pixels: torch.Tensor, captions: list[str], options: Options, text_only: bool = False) -> float:
+def train(clip: Clip, pixels: torch.Tensor, captions: list[str], options: Options) -> float:
     """Train with InfoNCE and AdamW, and return the mean loss of the last 50 steps."""
-    model, steps = clip.model, options.steps // 4 if text_only else options.steps
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not text_only or name.startswith("text") or name == "logit_scale")
-    lr = 5e-4 if text_only else 1e-3
+    model, steps, lr = clip.model, options.steps, 1e-3
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
     optimizer = Optimizer(model, Config(lr=lr, logit_scale_lr=lr, weight_decay=0.1, warmup=0.08), steps)
     rng = np.random.default_rng(options.seed)
     losses: list[float] = []
     batches = islice(row_batches(len(captions), options.batch_size, options.seed), steps)
     for rows in (progress := tqdm(batches, total=steps)):
-        texts = [fragment(captions[row], rng) if text_only else captions[row] for row in rows.tolist()]
+        texts = [fragment(captions[row], rng) for row in rows.tolist()]
         positives = same_rows(torch.tensor([texts.index(text) for text in texts]))
+        texts = [text if text.endswith(".") else pick(rng, TEMPLATES).format(text) for text in texts]
         text_features = clip.text_features(*clip.processor.tokens(texts))
         loss = info_nce(clip.image_features(pixels[rows]), text_features, model.logit_scale, positives)
         loss.backward()
@@ -137,17 +158,20 @@ def train(clip: Clip, pixels: torch.Tensor, captions: list[str], options: Option
 def run() -> int:
     options = cli.parse(Options, sys.argv[1:], "python -m experiments.train_tiny_clip")
     torch.manual_seed(options.seed)
-    pixels, captions = make_data(options.scenes, options.scenes // 20, options.seed)
-    tokenizer = make_tokenizer(captions[:2_000] + captions[-2_000:])
-    model = make_model(tokenizer)
+    pixels, captions = make_data(options.scenes, options.phantoms, options.seed)
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    clip = Clip(model, Processor(tokenizer, images, model.config), "tiny-clip")
-    losses = [train(clip, pixels, captions, options, text_only) for text_only in (False, True)]
-    for part in (clip.model.half(), tokenizer, images):
+    if options.start:
+        clip = load_clip(options.start)
+    else:
+        tokenizer = make_tokenizer(captions[:2_000] + captions[-2_000:])
+        model = make_model(tokenizer)
+        clip = Clip(model, Processor(tokenizer, images, model.config), "tiny-clip")
+    loss = train(clip, pixels, captions, options)
+    for part in (clip.model.half(), clip.processor.tokenizer, images):
         part.save_pretrained(options.output)
     record = asdict(options) | dict(
         command=shlex.join(["python", "-m", "experiments.train_tiny_clip", *sys.argv[1:]]),
-        mean_loss_of_last_50_steps=losses,
+        mean_loss_of_last_50_steps=loss,
         environment=environment(),
     )
     write_text(Path(options.output, "training.json"), json.dumps(record, indent=2) + "\n")

@@ -1,8 +1,9 @@
 """Zero-shot classification before and after adaptation: `python -m experiments.zero_shot --run runs/x`.
 
 On labelled data: accuracy, balanced accuracy, AUROC, calibration and a confusion matrix for each facet (modality,
-anatomy, finding, view). --facet and --classes restrict this to one task, such as pneumonia against normal, on the
-images with one of these labels.
+anatomy, finding, view). `--question pneumonia` and `--question head-or-spine` are prepared questions of two classes;
+--facet, --classes and --where ask others: `--facet finding --classes fracture "no abnormality" --where anatomy=knee`.
+With two classes there are sensitivity and specificity too, of the class that is named first.
 
 On one image with labels of your own: `--image my.png --labels "X-ray of the chest" "CT of the head"`.
 """
@@ -20,21 +21,62 @@ from clip_medical.data.dataset import FACETS
 from clip_medical.data.images import decode
 from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
-from clip_medical.evaluation.classification import classification_report
+from clip_medical.evaluation.classification import best_threshold, calibration, classification_report, two_class_report
 from clip_medical.evaluation.encode import encode
+from clip_medical.evaluation.evidence import occlusion
 from clip_medical.evaluation.table import Row, as_text
-from clip_medical.evaluation.zero_shot import class_scores, label_sets, multilabel
-from clip_medical.model import Clip
-from experiments.common import Experiment, Reports, main
+from clip_medical.evaluation.zero_shot import PROMPTS, class_cosines, label_sets, multilabel, refused, scores_at
+from clip_medical.model import CAPTIONS, Clip
+from experiments import figures
+from experiments.common import Experiment, Reports, Results, main, pick, share
 
+FEWEST = 10  # kept-back images of each class that a threshold is chosen on
 Labels = dict[str, list[str]]  # facet -> the label of each row, "" where unknown; or facet -> its classes
+# question -> facet, and the names of its two classes in data sets; the first is the one that is looked for
+QUESTIONS: dict[str, tuple[str, list[str], list[str]]] = PROMPTS["questions"]
+
+
+def probabilities(clip: Clip, facet: str, names: list[str], images: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Classify the images (N, D) whose label is one of C names -> probabilities (n, C), index of the true one (n,)."""
+    rows = [row for row, label in enumerate(labels.get(facet, [])) if label in names]
+    truth = torch.tensor([names.index(labels[facet][row]) for row in rows], dtype=torch.long)
+    return scores_at(clip.scale(facet), class_cosines(clip, facet, names, images[rows])).softmax(dim=1), truth
+
+
+def restrict(labels: Labels, where: str | None) -> Labels:
+    """Keep the labels of the rows that have the label `where`, such as "anatomy=chest"."""
+    if where is None:
+        return labels
+    facet, _, name = where.partition("=")
+    if name not in labels.get(facet, []):
+        raise UserError(f"Found --where {where}, expected a facet and a label of it, such as anatomy=chest.")
+    return {
+        f: [x if x and at == name else "" for x, at in zip(column, labels[facet], strict=True)]
+        for f, column in labels.items()
+    }
+
+
+def comparable(labels: Labels, facet: str, names: list[str]) -> Labels:
+    """Keep the labels of the examinations (modality and anatomy) in which all the classes `names` occur.
+
+    Otherwise a model would look good that only tells the examinations apart: normal ultrasound images, say, from
+    pneumonia, which is looked for on X-rays.
+    """
+    kinds = [labels[f] for f in ("modality", "anatomy") if f != facet and f in labels]
+    examination = list(zip(*kinds, strict=True)) or [()] * len(labels[facet])
+    classes: dict[tuple[str, ...], set[str]] = {}
+    for kind, name in zip(examination, labels[facet], strict=True):
+        classes.setdefault(kind, set()).add(name)
+    usable = [classes[kind] >= set(names) for kind in examination]
+    return {f: [x if keep else "" for x, keep in zip(column, usable, strict=True)] for f, column in labels.items()}
 
 
 def facet_reports(clip: Clip, images: Tensor, labels: Labels, classes: Labels) -> Reports:
     """Classify images (N, D) by each facet, over the rows whose label is one of its classes.
 
-    Returns facet -> `classification_report`, without facets that have no such row. A facet of which an image can have
-    several labels has a `multilabel_report`, and another entry for each label.
+    Returns facet -> `classification_report`, without facets that have no such row; "uncalibrated" is its calibration
+    at CLIP's own temperature. A facet of which an image can have several labels has a `multilabel_report`, and another
+    entry for each label.
     """
     reports = {}
     for facet, names in classes.items():
@@ -46,11 +88,20 @@ def facet_reports(clip: Clip, images: Tensor, labels: Labels, classes: Labels) -
             for name, label in reports[facet].pop("labels").items():
                 reports[f"{facet} {name}"] = label | {"n": f"{label['positives']} of {reports[facet]['n']}"}
             continue
-        rows = [row for row, label in enumerate(labels.get(facet, [])) if label in names]
-        if rows:
-            truth = torch.tensor([names.index(labels[facet][row]) for row in rows])
-            probabilities = class_scores(clip, facet, names, images[rows]).softmax(dim=1)
-            reports[facet] = classification_report(probabilities, truth, names)
+        known = torch.tensor([label != "" for label in chosen], dtype=torch.bool)
+        if not known.any():
+            continue
+        truth = torch.tensor([names.index(label) for label in chosen if label])
+        cosines = class_cosines(clip, facet, names, images[known])
+        p, own = (
+            scores_at(s, cosines).softmax(dim=1) for s in (clip.scale(facet), clip.model.logit_scale.exp().item())
+        )
+        report = reports[facet] = classification_report(p, truth, names)
+        report["uncalibrated"] = calibration(own.amax(dim=1), own.argmax(dim=1) == truth)
+        for key, name in (("calibration", "calibration_error"), ("uncalibrated", "calibration_error_uncalibrated")):
+            report[f"{name}_(points)"] = {"value": round(100 * report[key]["ece"], 1)}
+        if "floor" in clip.calibration.get(facet, {}):
+            report["none_of_these,_own_images"] = share(refused(clip, facet, cosines))
     return reports
 
 
@@ -62,10 +113,16 @@ class ZeroShot(Experiment):
     facet: Literal["modality", "anatomy", "finding", "view"] | None = None
     # Classes of --facet to choose from. Only images with one of these labels count. Default: all classes.
     classes: tuple[str, ...] = ()
+    # A prepared question of two classes: consolidation or pneumonia against normal in the chest; head against spine.
+    question: Literal["pneumonia", "head-or-spine"] | None = None
+    # Only images with this label, such as anatomy=chest.
+    where: str | None = None
     # Image file to classify, instead of labelled data.
     image: str | None = None
     # Candidate labels for --image. Phrases such as "X-ray of the chest" work better than single words.
     labels: tuple[str, ...] = ()
+    # With --image: draw where the evidence for the most probable label is, by hiding one part after another.
+    evidence: bool = False
 
     name = "zero_shot"
 
@@ -75,18 +132,70 @@ class ZeroShot(Experiment):
             raise UserError("--classes needs a --facet and at least two different classes of it.")
         if (self.image is None) != (not self.labels):
             raise UserError("--image and --labels belong together. Give one image file and its candidate labels.")
+        if self.evidence and len(self.labels) < 2:
+            raise UserError("--evidence needs --image and at least two --labels: it is for one label over the others.")
+        if self.question and (self.facet or self.classes):
+            raise UserError("--question already names a facet and its classes. Leave out --facet and --classes.")
+
+    def title(self) -> str:
+        """Name of the results: that of the question, so that one does not overwrite the other."""
+        return self.question or self.name
 
     def measure(self, clip: Clip, pairs: Pairs) -> Reports:
-        """Return facet -> `classification_report`. Raises UserError if a class is absent, or no facet has two."""
-        labels, facets = pairs.split.labels, [self.facet] if self.facet else FACETS
-        present = {facet: sorted(set(labels.get(facet, [])) - {""}) for facet in facets}
-        absent = [name for name in self.classes if name not in present[self.facet or ""]]
+        """Return facet -> `classification_report`, with two classes a `two_class_report` too.
+
+        Raises UserError if a class is absent, or no facet has two.
+        """
+        present = {facet: sorted(set(pairs.split.labels.get(facet, [])) - {""}) for facet in FACETS}
+        facet: str | None = self.facet
+        chosen, labels = list(self.classes), restrict(pairs.split.labels, self.where)
+        if self.question:
+            facet, *sides = QUESTIONS[self.question]
+            spelling = {name.lower(): name for name in present[facet]}
+            chosen = [next((spelling[name] for name in side if name in spelling), side[0]) for side in sides]
+        absent = [name for name in chosen if name not in present[facet or ""]]
         if absent:
-            raise UserError(f"No image is labelled {absent[0]!r}. Give some of {', '.join(*present.values())}.")
-        classes = {facet: list(self.classes) or names for facet, names in present.items() if len(names) > 1}
+            every = ", ".join(name for names in present.values() for name in names)
+            raise UserError(f"No image is labelled {absent[0]!r}. Give some of {every}.")
+        classes = {f: chosen or names for f, names in present.items() if facet in (None, f) and len(names) > 1}
         if not classes:
             raise UserError("The validation images have fewer than two classes. Name a labelled data set with --data.")
-        return facet_reports(clip, encode(clip, pairs)[0], labels, classes)
+        if self.question:
+            labels = comparable(labels, str(facet), chosen)
+        images = encode(clip, pairs)[0]
+        reports = facet_reports(clip, images, labels, classes)
+        if not reports:
+            raise UserError(f"No image has one of the labels {chosen or present} with these flags. Leave out --where.")
+        for task, names in classes.items():
+            if len(names) == 2 and "auroc" in reports.get(task, {}) and "confusion" in reports[task]:
+                p, truth = probabilities(clip, task, names, images, labels)
+                threshold, chosen_on = self._threshold(clip, pairs.kept_back, task, names)
+                reports[task] |= two_class_report(p[:, 0], truth == 0, threshold) | {"threshold chosen on": chosen_on}
+        return reports
+
+    def _threshold(self, clip: Clip, kept_back: Pairs | None, facet: str, names: list[str]) -> tuple[float, str]:
+        """Choose the probability from which the first class counts as present, and say on what it was chosen."""
+        if kept_back:
+            labels: Labels = kept_back.split.labels
+            labels = comparable(labels, facet, names) if self.question else labels
+            q, true = probabilities(clip, facet, names, encode(clip, kept_back)[0], labels)
+            if min((true == 0).sum(), (true == 1).sum()) >= FEWEST:
+                return best_threshold(q[:, 0], (true == 0).float()), f"{len(true)} kept-back training pairs"
+        return 0.5, f"nothing: 50 %, as fewer than {FEWEST} kept-back training pairs show each class"
+
+    def remarks(self, results: Results) -> list[str]:
+        """Say on what the thresholds were chosen."""
+        last = list(results.values())[-1]
+        return [f"{task}: threshold chosen on {r['threshold chosen on']}" for task, r in last.items() if "roc" in r]
+
+    def draw(self, results: Results, folder: Path) -> list[str]:
+        """Draw what every experiment draws, and a figure of each task with two classes."""
+        files = super().draw(results, folder)
+        for task, report in results["unadapted"].items():
+            if "roc" in report:
+                files.append(f"{self.title()}_two_classes.png")
+                figures.two_classes(pick(results, task), folder / files[-1])
+        return files
 
     def perform(self) -> int:
         """Classify the validation images or, with --image, one image with the labels given on the command line."""
@@ -94,14 +203,20 @@ class ZeroShot(Experiment):
             return super().perform()
         image = decode(Path(self.image), self.image)
         setup = self.load_models()
-        results = {model: clip.classify(image, self.labels) for model, clip in setup.models.items()}
+        or_none = all(CAPTIONS in clip.calibration for clip in setup.models.values())
+        results = {model: clip.classify(image, self.labels, or_none) for model, clip in setup.models.items()}
         adapted = list(results.values())[-1]
-        labels = sorted(self.labels, key=lambda label: -adapted[label])
+        labels = sorted(adapted, key=lambda label: -adapted[label])
         print(as_text([["", *results], *([x, *(f"{100 * p[x]:.1f} %" for p in results.values())] for x in labels)]))
         bars = {x: {m: dict.fromkeys(("value", "low", "high"), p[x]) for m, p in results.items()} for x in labels}
-        rows = [Row(label, probabilities, "") for label, probabilities in bars.items()]
-        plots.share_bars(rows, "probability among these labels (%)", setup.folder / "zero_shot_image.png")
-        self.save(setup, "zero_shot_image", {"image": self.image, "probabilities": results}, "zero_shot_image.png")
+        rows, files = [Row(label, each, "") for label, each in bars.items()], ["zero_shot_image.png"]
+        plots.share_bars(rows, "probability among these labels (%)", setup.folder / files[0])
+        if self.evidence:
+            first = [label for label in labels if label in self.labels]
+            maps = {model: occlusion(clip, image, clip.encode_texts(first)) for model, clip in setup.models.items()}
+            files.append("zero_shot_evidence.png")
+            figures.evidence(image, first[0], maps, setup.folder / files[-1])
+        self.save(setup, "zero_shot_image", {"image": self.image, "probabilities": results}, *files)
         return 0
 
 

@@ -3,15 +3,17 @@
     layer.py         the mathematics: y = W x + b + scaling * B A x, its initialisation, its merge
     inject.py        putting that layer into a model: plan, refuse, apply; and taking it out again
     peft_format.py   saving and strict loading, in the layout of Hugging Face PEFT
+    dora.py          DoRA as an example of a subclass
 
 Only torch, safetensors and the standard library are imported. Nothing here depends on CLIP.
 """
 
+from .dora import DoRALinear
 from .inject import adapter_parameters, count_parameters, disabled, inject, merge, remove, set_strength
 from .layer import LoRAError, LoRALinear, merged
 from .peft_format import load_adapter, save_adapter
 
 __all__ = [
-    "LoRAError", "LoRALinear", "adapter_parameters", "count_parameters", "disabled", "inject", "load_adapter", "merge",
-    "merged", "remove", "save_adapter", "set_strength",
+    "DoRALinear", "LoRAError", "LoRALinear", "adapter_parameters", "count_parameters", "disabled", "inject",
+    "load_adapter", "merge", "merged", "remove", "save_adapter", "set_strength",
 ]  # fmt: skip

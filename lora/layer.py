@@ -114,6 +114,14 @@ class LoRALinear(nn.Module):
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return self.strength * self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling}, dropout={self.dropout}, strength={self.strength}"
 

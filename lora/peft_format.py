@@ -153,6 +153,8 @@ def _select(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
     """What `target_modules` mean to PEFT: a string is a regex for whole names, a list holds dotted endings of names."""
     try:
         regex = targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{re.escape(end)}" for end in targets)
+        if not targets:
+            raise TypeError("it selects nothing")
         return {name: module for name, module in model.named_modules() if re.fullmatch(regex, name)}
     except (re.error, TypeError) as error:
         raise LoRAError(f"target_modules is {targets!r}, expected a list of names or a regex ({error})") from None

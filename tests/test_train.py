@@ -30,6 +30,8 @@ from clip_medical.evaluation.report import evaluate
 from clip_medical.model import Clip
 from clip_medical.run_folder import choose_folder
 from clip_medical.training import trainer as trainer_module
+from lora import DoRALinear
+from lora.inject import lora_layers
 from tests.encoders import ENCODERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -306,6 +308,13 @@ def test_the_flight_check_ends_with_exit_code_2(
     monkeypatch.setattr(Clip, "image_features", lambda clip, pixels: original(clip, pixels).detach())
     assert run(monkeypatch, *SMALL, "--steps", "2", "--output", tmp_path / "run") == 2
     assert "no gradient" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_dora_is_trained_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a --dora that trains plain LoRA, and an adapter that no command can read."""
+    assert run(monkeypatch, *SMALL, "--dora", "--steps", "2", "--output", tmp_path / "run") == 0
+    assert any("magnitude" in name for name in adapter(tmp_path / "run"))
+    assert all(type(layer) is DoRALinear for layer in lora_layers(load_run(tmp_path / "run").model).values())
 
 
 def image_folder(folder: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("file_name", "text")) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from clip_medical.config import Config
 from clip_medical.data.augment import augment, draw_views
 from clip_medical.data.cache import ROOT_VARIABLE, Cache, open_cache
-from clip_medical.data.fragments import fragments
+from clip_medical.data.fragments import WordTokens, fragments, word_tokens
 from clip_medical.data.processor import Processor
 from clip_medical.data.splits import Split
 from clip_medical.errors import UserError
@@ -35,8 +35,9 @@ class Pairs:
     image_ids: Tensor  # (N,) equal numbers for equal pixels
     split: Split = Split([], [], {}, list[Image.Image]().__getitem__, [])  # the N rows that the pairs were made from
     summary: str = ""  # for the log: how many images; repeated, cut and unreadable ones
-    ends_word: Tensor | None = None  # (V,) bool, whether a word ends with this token; None: with every token
+    kinds: WordTokens | None = None  # which tokens end a word or negate what follows; None: each token is a word
     cut: str = ""  # for the report: how many captions were cut, and how much of them was lost
+    kept_back: "Pairs | None" = None  # training pairs of the same source, neither trained nor reported on
     digests: Sequence[str] = ()  # N hashes of the pixels: the same image has the same hash, wherever it lies
 
     def __len__(self) -> int:
@@ -68,8 +69,8 @@ def prepare(split: Split, processor: Processor, name: str) -> Pairs:
         summary += f"; {len(split) - len(readable):,} unreadable images left out, listed there in unreadable.tsv"
     rows = Split(readable.captions, readable.ids, readable.labels, cache.image, readable.origins)
     vocabulary = processor.tokenizer.convert_ids_to_tokens(list(range(len(processor.tokenizer))))
-    ends_word = torch.tensor([token.endswith("</w>") for token in vocabulary])  # how CLIP's tokenizer marks a word end
-    return Pairs(cache, tokens, lengths, caption_ids, image_ids, rows, summary, ends_word, cut_text, cache.digests)
+    kinds = word_tokens(vocabulary)
+    return Pairs(cache, tokens, lengths, caption_ids, image_ids, rows, summary, kinds, cut_text, digests=cache.digests)
 
 
 def _tokens(processor: Processor, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int, float]:
@@ -124,7 +125,7 @@ class Epoch:
     def __init__(self, pairs: Pairs, config: Config, number: int) -> None:
         self.pairs = pairs
         self.fragments = [
-            fragments(pairs.tokens, pairs.lengths, pairs.ends_word, config.seed, number, which)
+            fragments(pairs.tokens, pairs.lengths, pairs.kinds, config.seed, number, which)
             for which in range(config.fragments)
         ]
         self.views = draw_views(len(pairs), config.seed, number) if config.augment else None

@@ -30,38 +30,27 @@ from clip_medical.data.synthetic import phantoms
 from clip_medical.data.tables import Table, find_tables, first_word, no_access
 from clip_medical.errors import UserError
 
-# Column names in real files, the preferred ones first. Only letters and digits count: "Patient ID" is "patientid".
-IMAGE = """file_name image_path image_file image img_path img file_path path file image_name image_index image_id
-dicom_path dicom_id""".split()
-CAPTION = """caption captions text txt report report_text description impression findings image_caption
-sentence""".split()
-FACETS = {
-    "modality": ["modality", "imaging_modality"],
-    "anatomy": ["anatomy", "region", "body_region", "body_part", "organ", "body_part_examined"],
-    "finding": "finding finding_labels pathology diagnosis disease labels label class category".split(),
-    "view": ["view", "view_position", "projection", "plane"],
-}
-GROUP = """patient patient_id patient_number subject subject_id person_id mrn group group_id case case_id uid study
-study_id study_instance_uid accession_number""".split()  # patients before studies
+# Column names in real files, the preferred ones first, patients before studies. Only letters and digits count: "Patient
+# ID" is "patientid". One-hot: findings with a column each, 1, 0 or -1 (uncertain), as in CheXpert, MIMIC-CXR and NIH.
+COLUMNS: dict[str, Any] = json.loads(Path(__file__).with_name("columns.json").read_text(encoding="utf-8"))
+IMAGE, CAPTION, GROUP, ONE_HOT = (COLUMNS[name] for name in ("image", "caption", "group", "one_hot"))
+FACETS: dict[str, list[str]] = COLUMNS["facets"]
 PATIENT_FOLDER = re.compile(r"(?:^|[/\\])(p(?:atient)?[-_]?\d{3,})[/\\]", re.IGNORECASE)  # CheXpert, MIMIC-CXR
 MODALITIES = {"ct", "mr", "mri", "xray", "us", "ultrasound", "pet", "mammography"}
-# Findings with a column each, 1, 0 or -1 (uncertain), as in CheXpert, MIMIC-CXR and tables made from NIH's
-ONE_HOT = set(
-    """nofinding enlargedcardiomediastinum cardiomegaly lungopacity lunglesion edema consolidation pneumonia
-atelectasis pneumothorax pleuraleffusion pleuralother fracture supportdevices infiltration mass nodule emphysema
-fibrosis pleuralthickening hernia effusion""".split()
-)
 CACHES = [HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", f"{HF_HOME}/datasets")]  # where `datasets` unpacks archives
+MORE_PHANTOMS = {"test": 4096, "calibration": 1024}  # rows, beside those of training and validation
+CALIBRATION_SHARE, CALIBRATION_ROWS = 10, (30, 256)  # a tenth of the training rows is kept back, if that is so many
 MISSING_LIMIT = 0.02  # fraction of the rows without a caption or a file that are left out; more are refused
 EXTENSIONS = ("", ".jpg", ".png", ".jpeg", ".dcm", ".tif")  # tried on names without one, as ROCOv2 has them
 
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset: its two splits, and for reports its origin and how it was split."""
+    """A dataset: its splits, and for reports its origin and how it was split."""
 
     train: Split
     validation: Split
+    calibration: Split  # training rows that are kept back, see evaluation/calibration.py; empty if there are few
     source: str  # "folder ../radiology (train, validation)" or "phantoms, seed 0"
     split_rule: str  # "splits of the source" or "10 % of the rows held out by seed 0, ..."
     notes: tuple[str, ...] = ()  # what a user should know: patients in both splits, rows left out
@@ -96,7 +85,7 @@ def load_data(
     limit: int | None = None,
     seed: int = 0,
     revision: str | None = None,
-    phantom_counts: tuple[int, int] = (2304, 512),
+    phantom_counts: tuple[int, int] = (6912, 512),
 ) -> Data:
     """Read captions, labels and the locations of images. Images are read later, by `Split.open_image`.
 
@@ -119,18 +108,22 @@ def load_data(
     phantom_counts  training and validation rows of "phantoms"
 
     Without `split`, test rows are used only if there is no validation split. If there is neither, 10 % of the rows are
-    held out. Raises UserError for any fault of the source.
+    held out. A tenth of the training rows, at most 256, is kept back for calibration. Raises UserError for any fault of
+    the source.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves no rows. Give at least 1.")
     notes: tuple[str, ...] = ()
+    calibration = Split([], [], {}, list[Image.Image]().__getitem__, [])
     if source == "phantoms":
-        if split not in (None, "", "train", "validation"):
-            raise UserError(f"The phantoms have the splits train and validation, not {split!r}. Correct --split.")
-        train, validation = map(partial(_phantoms, seed), ("train", "validation"), phantom_counts)
+        counts = {"train": phantom_counts[0], "validation": phantom_counts[1], **MORE_PHANTOMS}
+        if split and split not in ("train", "validation", "test"):
+            raise UserError(f"The phantoms have the splits train, validation and test, not {split!r}. Correct --split.")
+        names = ("train", split or "validation", "calibration")  # the last one has no results to report
+        train, validation, calibration = (_phantoms(seed, name, counts[name]) for name in names)
         if split is not None:
-            train, validation = train.select([]), train if split == "train" else validation
-        description, rule = f"phantoms, seed {seed}", "splits of the source"
+            train = train.select([])
+        description, rule = f"phantoms, seed {seed}", f"split {split}" if split else "splits of the source"
     else:
         kind, readers = find_tables(source, revision, Sample(limit, seed))
         chosen = by_split(readers, source, split) if readers.keys() != {""} else readers
@@ -151,8 +144,22 @@ def load_data(
         description = f"{kind} {source}" + ("" if "" in tables else f" ({', '.join(tables)})")
     if limit is not None:
         rng = random.Random(seed)
-        train, validation = (s.select(rng.sample(range(len(s)), min(limit, len(s)))) for s in (train, validation))
-    return Data(train, validation, description, rule, notes)
+        parts = (s.select(rng.sample(range(len(s)), min(limit, len(s)))) for s in (train, validation, calibration))
+        train, validation, calibration = parts
+    if source != "phantoms":
+        train, calibration = _keep_back(train, source, seed)
+    return Data(train, validation, calibration, description, rule, notes)
+
+
+def _keep_back(train: Split, source: str, seed: int) -> tuple[Split, Split]:
+    """Split off a tenth of the training rows, in whole groups; nothing where that would be few, or far more."""
+    fewest, most = CALIBRATION_ROWS
+    count = min(len(train) // CALIBRATION_SHARE, most)
+    if count >= fewest and len(set(train.groups)) > 1:
+        rows, kept_back = hold_out(train.groups, seed, source, count)
+        if len(kept_back) <= count:
+            return train.select(rows), train.select(kept_back)
+    return train, train.select([])
 
 
 def _phantoms(seed: int, split: str, count: int) -> Split:
@@ -170,7 +177,6 @@ class _Rows(NamedTuple):
     """N checked rows of one split."""
 
     split: Split
-    groups: list[str]  # N; rows of one group (a patient, else an image) must be in one split
     grouped_by: str  # column of the groups, "" if there is none
     notes: tuple[str, ...]
 
@@ -183,10 +189,7 @@ def _by_split_column(name: str, table: Table, columns: Columns) -> dict[str, _Ro
     parts: dict[str, list[int]] = {}
     for row, split in enumerate(split_names):
         parts.setdefault(SPLIT_NAMES.get(split.lower(), split), []).append(row)
-    return {
-        part: rows._replace(split=rows.split.select(numbers), groups=[rows.groups[row] for row in numbers])
-        for part, numbers in parts.items()
-    }
+    return {part: rows._replace(split=rows.split.select(numbers)) for part, numbers in parts.items()}
 
 
 def _check(table: Table, given: Columns) -> tuple[_Rows, list[str]]:
@@ -231,10 +234,10 @@ def _check(table: Table, given: Columns) -> tuple[_Rows, list[str]]:
     groups, grouped_by = _groups(table, names, given.group or _find(others, GROUP))
     repeated = {name for name, times in Counter(names).items() if times > 1}
     ids = [f"{name} (row {row})" if name in repeated else name for row, name in enumerate(names, start=1)]
-    split = Split(captions, ids, labels, partial(_open_cell, read_cell, table.folder, ids), origins)
+    split = Split(captions, ids, labels, partial(_open_cell, read_cell, table.folder, ids), origins, groups)
     kept = [row for row in range(count) if row not in missing]
     parts = texts(["split"])
-    checked = _Rows(split.select(kept), [groups[row] for row in kept], grouped_by, notes)
+    checked = _Rows(split.select(kept), grouped_by, notes)
     return checked, [parts[row] for row in kept] if parts else []
 
 
@@ -456,16 +459,16 @@ def _train_and_validation(rows: dict[str, _Rows], source: str, seed: int) -> tup
     column = next(iter(rows.values())).grouped_by
     if len(rows) == 2:
         train, (name, validation) = rows["train"], [*rows.items()][1]
-        both = set(train.groups) & set(validation.groups) if column else set()
+        both = set(train.split.groups) & set(validation.split.groups) if column else set()
         notes = [f"{len(both):,} groups by {column} are in both splits of the source"] if both else []
         rule = "splits of the source" + (", test used for validation" if name == "test" else "")
         return train.split, validation.split, rule, notes
     (part,) = rows.values()
-    training_rows, validation_rows = hold_out(part.groups, seed, source)
+    training_rows, validation_rows = hold_out(part.split.groups, seed, source, round(len(part.split) / 10))
     share = 100 * len(validation_rows) / len(part.split)
     rule = f"{share:.0f} % of the rows held out by seed {seed}, "
     if column:
-        rule += f"grouped by {column} ({len(set(part.groups)):,} groups)"
+        rule += f"grouped by {column} ({len(set(part.split.groups)):,} groups)"
         notes = []
     else:
         rule += "rows of one image kept together"

@@ -26,6 +26,7 @@ class Split:
     labels: dict[str, list[str]]  # facet -> N labels, "" where unknown; only the facets that the source has
     open_image: Callable[[int], Image.Image]  # row -> "L" or "RGB", upright; UnreadableImage names a damaged one
     origins: list[str]  # N: location and version of each row's pixels; sorted, they follow the order on disk
+    groups: Sequence[str] = ()  # N: rows of one group (a patient, else an image) stay together; (): each by itself
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -34,7 +35,8 @@ class Split:
         """Return the rows at `indices`, in that order."""
         captions, ids, origins = ([column[i] for i in indices] for column in (self.captions, self.ids, self.origins))
         labels = {facet: [column[i] for i in indices] for facet, column in self.labels.items()}
-        return Split(captions, ids, labels, partial(_open_selected, self.open_image, list(indices)), origins)
+        open_image = partial(_open_selected, self.open_image, list(indices))
+        return Split(captions, ids, labels, open_image, origins, [self.groups[i] for i in indices if self.groups])
 
 
 # A function with bound arguments, because a closure could not be pickled for worker processes.
@@ -67,11 +69,11 @@ def by_split(parts: Mapping[str, T], source: str, split: str | None = None) -> d
     return {name: splits[name] for name in ("train", validation) if name in splits}
 
 
-def hold_out(groups: Sequence[str], seed: int, source: str) -> tuple[list[int], list[int]]:
-    """Draw a tenth of the rows for validation, in whole groups -> (training rows, validation rows), each ascending.
+def hold_out(groups: Sequence[str], seed: int, source: str, count: int) -> tuple[list[int], list[int]]:
+    """Draw about `count` of N rows, in whole groups -> (other rows, drawn rows), each ascending.
 
     groups  (N,) the patient or image of each row. Rows of one group are never on both sides, and a group that is larger
-            than the tenth stays in training (if all are, the smallest is drawn)
+            than `count` is not drawn (if all are, the smallest is)
 
     Raises UserError if all rows are in one group.
     """
@@ -82,9 +84,9 @@ def hold_out(groups: Sequence[str], seed: int, source: str) -> tuple[list[int], 
         raise UserError(f"{source} has only one image or group, so none can be held out. Add a validation split.")
     order = list(members.values())
     random.Random(seed).shuffle(order)
-    validation: list[int] = []
+    drawn: list[int] = []
     for rows in order:
-        if len(validation) + len(rows) <= max(1, round(len(groups) / 10)):
-            validation += rows
-    validation = validation or min(order, key=len)
-    return sorted(set(range(len(groups))) - set(validation)), sorted(validation)
+        if len(drawn) + len(rows) <= max(1, count):
+            drawn += rows
+    drawn = drawn or min(order, key=len)
+    return sorted(set(range(len(groups))) - set(drawn)), sorted(drawn)

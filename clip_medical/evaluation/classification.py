@@ -61,6 +61,26 @@ def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequenc
     return report
 
 
+def two_class_report(probability: Tensor, positive: Tensor, threshold: float) -> dict[str, Any]:
+    """Compute sensitivity and specificity at a threshold that was chosen on other images, and what a ROC curve shows.
+
+    probability (N,) of the positive class; positive (N,) bool, both values occur. Returns {"sensitivity",
+    "specificity": {"value", "low", "high" (95 %, Wilson)}, "threshold", "roc": [[1 - specificity, sensitivity], ...],
+    "probabilities": {"positive", "negative": each sorted}}.
+    """
+    called = probability >= threshold
+    report: dict[str, Any] = {}
+    for name, correct in (("sensitivity", called[positive]), ("specificity", ~called[~positive])):
+        report[name] = _proportion(correct.numpy())
+    levels = probability.unique().flip(0)
+    share = [[(probability[rows] >= s).double().mean().item() for rows in (~positive, positive)] for s in levels]
+    each = {
+        name: probability[rows].sort().values.tolist()
+        for name, rows in (("positive", positive), ("negative", ~positive))
+    }
+    return report | {"threshold": threshold, "roc": [[0.0, 0.0], *share], "probabilities": each}
+
+
 def multilabel_report(
     scores: Tensor, truth: Tensor, classes: Sequence[str], thresholds: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
@@ -95,9 +115,7 @@ def multilabel_report(
         if thresholds and classes[column] in thresholds:
             correct = (s[:, column] >= thresholds[classes[column]]) == (t[:, column] == 1)
             for name, rows in (("sensitivity", t[:, column] == 1), ("specificity", t[:, column] == 0)):
-                low, high = binomial_interval(int(correct[rows].sum()), int(rows.sum()), "wilson")
-                value = {"value": float(correct[rows].mean()), "low": low, "high": high}
-                report["labels"][classes[column]][name] = value
+                report["labels"][classes[column]][name] = _proportion(correct[rows])
     chances = {"auroc": 0.5, "average_precision": prevalence[usable].mean()} if usable else {}
     for name, chance in chances.items():
         metric = auroc if name == "auroc" else average_precision
@@ -119,6 +137,11 @@ def best_threshold(scores: Tensor, truth: Tensor) -> float:
     present, absent = scores[truth == 1], scores[truth == 0]
     gain = [((present >= s).double().mean() - (absent >= s).double().mean()).item() for s in levels]
     return float(levels[int(np.argmax(gain))])
+
+
+def _proportion(hits: np.ndarray) -> dict[str, float]:
+    low, high = binomial_interval(int(hits.sum()), len(hits), "wilson")
+    return {"value": float(hits.mean()), "low": low, "high": high}
 
 
 def _measured(statistic: Callable[[np.ndarray], float], count: int, chance: float) -> dict[str, float]:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from clip_medical.data.batches import Pairs
 from clip_medical.data.splits import Split
-from clip_medical.evaluation.classification import best_threshold
 from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.retrieval import retrieval_report
 from clip_medical.evaluation.table import Row, as_markdown, comparison, metric_rows
-from clip_medical.evaluation.zero_shot import PROMPTS, label_sets, multilabel_scores, zero_shot_report
+from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip
 from clip_medical.run_folder import write_text
 
@@ -49,31 +48,6 @@ def evaluate(clip: Clip, pairs: Pairs) -> Evaluation:
         "zero_shot": zero_shot_report(clip, images, pairs.split.labels),
     }
     return Evaluation(results, images, clip.encode_texts([query for query, _ in example_queries(pairs.split)]))
-
-
-@torch.no_grad()
-def choose_thresholds(models: dict[str, Clip], pairs: Pairs) -> dict[str, dict[str, dict[str, float]]]:
-    """Choose on at most 2,000 training pairs from which score on a label counts as present, where images have several.
-
-    Sets `thresholds` of each model, and returns them: model -> facet -> label -> score.
-    """
-    rows = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:2000]
-    several = {
-        facet: (sets, names)
-        for facet, labels in pairs.split.labels.items()
-        if facet in PROMPTS["templates"] and (sets := label_sets(names := [labels[row] for row in rows.tolist()]))
-    }
-    for clip in models.values() if several else ():
-        images = torch.cat([clip.image_features(pairs.pixels[part]).cpu() for part in rows.split(64)])
-        for facet, ((classes, truth), names) in several.items():
-            scores = multilabel_scores(clip, facet, classes, images)
-            truth[[not name for name in names]] = torch.nan
-            clip.thresholds[facet] = {
-                label: best_threshold(of_label, true)
-                for label, of_label, true in zip(classes, scores.T, truth.T, strict=True)
-                if (true == 1).any() and (true == 0).any()
-            }
-    return {name: clip.thresholds for name, clip in models.items()}
 
 
 def example_queries(split: Split, count: int = 4) -> list[tuple[str, dict[str, str]]]:

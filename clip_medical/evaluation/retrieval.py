@@ -21,9 +21,7 @@ BLOCK = 2**23  # similarities computed at a time (32 MiB), so that memory does n
 # A metric maps ranks (Q,), counted from 0, to one value for each query. The report shows its mean over queries with a
 # bootstrap interval, and its chance level: the expected value in a random order of the pool.
 Metric = Callable[[Tensor], Tensor]
-METRICS: dict[str, Metric] = {
-    "mrr": lambda rank: 1 / (rank + 1),
-}
+METRICS: dict[str, Metric] = {"mrr": lambda rank: 1 / (rank + 1)}
 
 
 def recall_metric(k: int) -> Metric:

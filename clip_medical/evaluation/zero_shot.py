@@ -48,12 +48,22 @@ def class_features(clip: Clip, facet: str, classes: Sequence[str]) -> Tensor:
 
 
 def class_scores(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
-    """Compute logits (N, C) of images (N, D), unit length; their softmax gives the probabilities of the classes.
+    """Compute logits (N, C) of images (N, D), unit length; their softmax gives the probabilities of the classes."""
+    return scores_at(clip.scale(facet), class_cosines(clip, facet, classes, images))
 
-    With s the logit scale of the model: log(mean over the G groups of exp(s * cosine)).
-    """
-    scale = clip.model.logit_scale.detach().float().exp().cpu()
-    cosines = torch.einsum("nd,cgd->ncg", images, class_features(clip, facet, classes))
+
+def refused(clip: Clip, facet: str, cosines: Tensor) -> Tensor:
+    """Whether the answer is "none of these": cosines (N, C, G) -> (N,) 1 or 0; the facet must be calibrated."""
+    return (cosines.amax(dim=(1, 2)) < clip.calibration[facet]["floor"]).double()
+
+
+def class_cosines(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
+    """Compute the cosine similarity of images (N, D) with each group of prompts of each class -> (N, C, G)."""
+    return torch.einsum("nd,cgd->ncg", images, class_features(clip, facet, classes))
+
+
+def scores_at(scale: float, cosines: Tensor) -> Tensor:
+    """Combine the groups: cosines (N, C, G) -> logits (N, C), log(mean over groups of exp(scale * cosine))."""
     return torch.logsumexp(scale * cosines, dim=2) - math.log(cosines.shape[2])
 
 
@@ -72,7 +82,7 @@ def label_sets(names: Sequence[str]) -> tuple[list[str], Tensor] | None:
 
 def multilabel_scores(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
     """Score each label by itself, without a softmax: images (N, D) -> (N, L), the mean cosine with its prompts."""
-    return torch.einsum("nd,cgd->ncg", images, class_features(clip, facet, classes)).mean(dim=2)
+    return class_cosines(clip, facet, classes, images).mean(dim=2)
 
 
 def ranks_in_list(scores: Tensor, column: Tensor) -> Tensor:
@@ -91,7 +101,7 @@ def multilabel(clip: Clip, facet: str, names: Sequence[str], images: Tensor) -> 
     rows = [row for row, name in enumerate(names) if name]
     classes, truth = label_sets([names[row] for row in rows]) or ([], torch.empty(0, 0))
     scores = multilabel_scores(clip, facet, classes, images[rows])
-    return multilabel_report(scores, truth, classes, clip.thresholds.get(facet))
+    return multilabel_report(scores, truth, classes, clip.calibration.get(facet))
 
 
 def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -> dict[str, Any]:

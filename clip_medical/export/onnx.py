@@ -54,10 +54,8 @@ def write_onnx(clip: Clip, adapter: Path, folder: Path, dtype: torch.dtype) -> l
     model, checks = clip.model, []
     cases = reference_cases(clip)  # before the merge, which they also verify
     merge(model)
-    for name, encoder, projection in (
-        ("image", model.vision_model, model.visual_projection),
-        ("text", model.text_model, model.text_projection),
-    ):
+    image, text = (model.vision_model, model.visual_projection), (model.text_model, model.text_projection)
+    for name, (encoder, projection) in (("image", image), ("text", text)):
         file, inputs = folder / f"{name}_encoder.onnx", cases[name][0][0]
         trace(ProjectedEncoder(encoder, projection, tuple(inputs)), inputs, file, f"{name}_features")
         difference = max_difference(file, cases[name])

@@ -214,7 +214,7 @@ def test_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "b")
     assert data_fingerprint(load_data(str(tmp_path / "b" / "t.csv"))) == data_fingerprint(data)
     write(tmp_path / "b", "t.csv", table(20).replace("caption 7", "caption 77"))
-    changed = [load_data(str(tmp_path / "b" / "t.csv")), Data(data.validation, data.train, "", "")]
+    changed = [load_data(str(tmp_path / "b" / "t.csv")), Data(data.validation, data.train, data.calibration, "", "")]
     assert len({data_fingerprint(other) for other in (data, *changed)}) == 3
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from clip_medical.config import Config
 from clip_medical.data.batches import Pairs, batches, prepare
 from clip_medical.data.dataset import load_data
-from clip_medical.data.fragments import FIRST, LONGEST, fragments
+from clip_medical.data.fragments import FIRST, LONGEST, WordTokens, fragments, word_tokens
 from clip_medical.model import load_clip
 from clip_medical.training.loss import same_rows
 
@@ -38,16 +38,41 @@ def test_a_fragment_is_a_run_of_the_first_words_between_start_and_end() -> None:
     assert drawn == runs
 
 
+def test_every_other_fragment_reaches_the_whole_caption() -> None:
+    """Catches findings, which stand at the end of many captions, that no fragment ever contains."""
+    tokens = torch.cat([fragments(TOKENS, LENGTHS, None, 0, epoch, number=1)[0][3] for epoch in range(200)])
+    assert tokens[tokens < END].max() == TOKENS[3, LENGTHS[3] - 2]
+
+
+def test_a_denied_finding_is_never_affirmed() -> None:
+    """Catches "fracture" cut from "no evidence of fracture", which teaches the finding on images that lack it; and a
+    negation that reaches into the next sentence, or to the words before it."""
+    tokenizer = load_clip().processor.tokenizer
+    text = "ct without contrast , no evidence of cyst , fracture or mass . calcification"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    kinds = word_tokens(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    drawn = set[str]()
+    for epoch in range(600):
+        tokens, lengths = fragments(ids, torch.tensor([ids.shape[1]]), kinds, 0, epoch, 1)
+        drawn.add(str(tokenizer.decode(tokens[0, 1 : lengths[0] - 1])))
+    for fragment in drawn:
+        for denied in ("cyst", "fracture", "mass"):
+            assert denied not in fragment or "no evidence of" in fragment[: fragment.index(denied)]
+        assert "contrast" not in fragment or "without" in fragment
+    assert {"ct", "calcification", "without", "without contrast"} <= drawn
+    assert any(fragment.startswith("no evidence of") and "mass" in fragment for fragment in drawn)
+
+
 def test_words_are_never_cut() -> None:
     """Catches "rad" for "radiograph", that is words of two or three tokens that are split or count as several words;
     and the loss of the last word of a caption that was truncated inside this word."""
-    ends_word = torch.zeros(100, dtype=torch.bool)
+    nothing, ends_word = torch.zeros(2, 100, dtype=torch.bool)
     ends_word[[10, 12, 15, 16, 18, 19, 20, 21, 23, 24, 29]] = True
     long = [(10, 10), (11, 12), (13, 15), (16, 16), (17, 18), (19, 19), (20, 20), (21, 21)]  # first and last tokens
     short = [(10, 10), (11, 12), (13, 14)]  # the third word is truncated
     drawn: dict[int, set[tuple[int, ...]]] = {2: set(), 3: set()}
     for epoch in range(400):
-        tokens, lengths = fragments(TOKENS, LENGTHS, ends_word, 0, epoch)
+        tokens, lengths = fragments(TOKENS, LENGTHS, WordTokens(ends_word, nothing, nothing), 0, epoch)
         for row, runs in drawn.items():
             runs.add(tuple(tokens[row, 1 : lengths[row] - 1].tolist()))
     for row, words in {2: short, 3: long}.items():
@@ -79,7 +104,7 @@ def test_words_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     drawn = {
         processor.tokenizer.decode(tokens[1 : length - 1])
         for epoch in range(200)
-        for tokens, length in zip(*fragments(pairs.tokens, pairs.lengths, pairs.ends_word, 0, epoch), strict=True)
+        for tokens, length in zip(*fragments(pairs.tokens, pairs.lengths, pairs.kinds, 0, epoch), strict=True)
     }
     words = ["orthopantomogram", ",", "lateral", "jaws"]
     assert drawn == {" ".join(words[first:last]) for last in range(1, 5) for first in range(last)}

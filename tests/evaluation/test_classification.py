@@ -13,6 +13,7 @@ from clip_medical.evaluation.classification import (
     calibration,
     classification_report,
     multilabel_report,
+    two_class_report,
 )
 
 CLASSES = ["CT", "MRI", "X-ray"]
@@ -137,3 +138,13 @@ def test_calibration_by_hand() -> None:
     assert [b["n"] for b in result["bins"]] == [2, 4]
     assert (result["bins"][1]["low"], result["bins"][1]["high"]) == pytest.approx((0.1500, 0.8500), abs=1e-4)  # Wilson
     assert calibration(torch.ones(5), torch.ones(5))["ece"] == 0  # confidence 1 belongs to a bin
+
+
+def test_two_classes_by_hand() -> None:
+    """Catches exchanged sensitivity and specificity, a threshold that excludes itself, and a ROC curve upside down."""
+    probability = torch.tensor([0.9, 0.6, 0.5, 0.2, 0.1])
+    report = two_class_report(probability, torch.tensor([True, True, False, True, False]), 0.5)
+    assert report["sensitivity"]["value"] == pytest.approx(2 / 3) and report["specificity"]["value"] == 0.5
+    expected = np.array([[0, 0], [0, 1 / 3], [0, 2 / 3], [0.5, 2 / 3], [0.5, 1], [1, 1]])
+    np.testing.assert_allclose(report["roc"], expected)
+    assert report["probabilities"]["negative"] == pytest.approx([0.1, 0.5])

@@ -9,13 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_medical import load_clip
-from clip_medical.data.batches import Pairs
 from clip_medical.data.splits import Split
-from clip_medical.evaluation.classification import best_threshold
-from clip_medical.evaluation.report import Evaluation, choose_thresholds, environment, example_queries, write_report
+from clip_medical.evaluation.report import Evaluation, environment, example_queries, write_report
 from clip_medical.evaluation.retrieval import retrieval_report
-from clip_medical.evaluation.zero_shot import multilabel_scores
 
 
 def split(labels: dict[str, list[str]], n: int = 6) -> Split:
@@ -37,23 +33,6 @@ def evaluation(labelled: bool) -> Evaluation:
         "zero_shot": {"modality": accuracy} if labelled else {},
     }
     return Evaluation(results, images, images[:3])
-
-
-def test_thresholds_are_chosen_on_rows_with_a_label() -> None:
-    """Catches an unlabelled row counted as without findings, and thresholds of exclusive classes."""
-    clip = load_clip()
-    pixels = torch.randint(0, 256, (5, 3, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = {"finding": ["cyst|mass", "cyst", "mass", "", "fracture"], "modality": ["CT", "MRI", "CT", "CT", "MRI"]}
-    empty = torch.zeros(5, 2, dtype=torch.long)
-    pairs = Pairs(pixels, empty, empty[:, 0], empty[:, 0], empty[:, 0], split(labels, 5))
-    thresholds = choose_thresholds({"adapted": clip}, pairs)["adapted"]
-    assert thresholds == clip.thresholds and set(thresholds) == {"finding"}
-    scores = multilabel_scores(clip, "finding", ["cyst", "fracture", "mass"], clip.image_features(pixels).cpu())
-    known = torch.tensor([0, 1, 2, 4])
-    truth = {"cyst": [1, 1, 0, 0], "fracture": [0, 0, 0, 1], "mass": [1, 0, 1, 0]}
-    for column, (label, present) in enumerate(truth.items()):
-        expected = best_threshold(scores[known, column], torch.tensor(present).float())
-        assert thresholds["finding"][label] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -5,15 +5,20 @@ can be generated. `describe` draws the labels (modality, technique, view, anatom
 and the caption are both made from these labels. No phantom shows a patient, and none may be presented as one.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from clip_medical.data.synthetic import Example, pick, random_stream
 from clip_medical.data.synthetic.scanners import MODALITIES, Ellipsoid
 
-VERSION = 1  # raise it when any pixel or caption changes: image caches are keyed by it
+VERSION = 2  # raise it when any pixel or caption changes: image caches are keyed by it
 
 Vector = tuple[float, float, float]
+Array = npt.NDArray[np.float64]
 
 
 def _both_sides(parts: list[Ellipsoid]) -> list[Ellipsoid]:
@@ -43,7 +48,7 @@ def _ribs() -> list[Ellipsoid]:
 
 def _vertebrae() -> list[Ellipsoid]:
     parts = []
-    for z in np.arange(-1.0, 1.01, 0.4).tolist():
+    for z in (-1.0, -0.6, -0.2, 0.2, 0.6, 1.0):
         parts += _bone("muscle", (0, -0.05, z), (0.32, 0.26, 0.15), 0.03)
         parts.append(Ellipsoid("disc", "muscle", (0, -0.05, z + 0.2), (0.29, 0.24, 0.045)))
         parts.append(Ellipsoid("bone", "muscle", (0, 0.58, z), (0.05, 0.14, 0.09)))
@@ -110,25 +115,20 @@ BODIES: dict[str, list[Ellipsoid]] = {
     + _both_sides([Ellipsoid("gland", "fat", (0.48, -0.02, 0), (0.27, 0.40, 0.34))])
     + [Ellipsoid("lung", "muscle", (0, 1.05, 0), (1.0, 0.35, 1.2))],
 }
-# Anatomy -> site of a lesion (on the left, mirrored for the right), tissue there, largest relative size. Slices pass
-# through the lesion, so each site lies where a slice in any direction also shows the landmarks of the anatomy.
-LESION_SITES: dict[str, tuple[Vector, str, float]] = {
-    "chest": ((0.42, 0.05, -0.10), "lung", 1.0),
-    "head": ((0.33, 0.10, -0.10), "white matter", 1.0),
-    "abdomen": ((0.36, 0.05, 0.00), "organ", 1.0),  # at the level of liver and kidneys
-    "pelvis": ((0.52, 0.02, 0.26), "marrow", 0.8),  # femoral head, with the ilium above and the bladder between
-    "lumbar spine": ((0.19, -0.05, 0.20), "marrow", 0.8),  # vertebral body
-    "knee": ((0.22, 0.00, -0.18), "marrow", 0.8),  # femoral condyle
-    "hand": ((0.24, 0.00, 0.32), "muscle", 0.7),
-    "breast": ((0.48, -0.05, 0.00), "gland", 0.9),
-}
-FINDINGS = {
-    "no abnormality": ("no abnormality", "normal appearance", "no focal lesion"),
-    "solid mass": ("solid mass", "lobulated mass", "solid tumour"),
-    "cyst": ("cyst", "fluid-filled cyst", "thin-walled cyst"),
-    "calcification": ("calcification", "calcified lesion", "dense calcification"),
-    "gas collection": ("gas collection", "pocket of gas", "air collection"),
-    "multiple nodules": ("multiple nodules", "several nodules", "scattered nodules"),
+CONTENT = json.loads(Path(__file__).with_name("findings.json").read_text(encoding="utf-8"))
+# finding -> its phrases in captions; those of a normal image follow its anatomy, see NORMAL
+FINDINGS: dict[str, list[str]] = {name: entry["phrases"] for name, entry in CONTENT["findings"].items()}
+# modality -> anatomy -> the findings that are looked for, beside "no abnormality"
+EXAMINATIONS: dict[str, dict[str, list[str]]] = CONTENT["examinations"]
+FOCAL = ("mass", "cyst", "calcification")  # these have a size, and a level where the view does not show the side
+MIDLINE = 0.2  # findings nearer to it have no side
+NORMAL = ("no abnormality", "normal appearance", "unremarkable study", "no abnormality, no {}", "no {} or {}")
+CT_WINDOWS = {"chest": ("lung window", "soft-tissue window"), "lumbar spine": ("bone window",)}  # others: soft tissue
+BREAKS = {"pelvis": (-0.3, 0.0), "knee": (0.1, 0.4), "hand": (-0.8, -0.6)}  # level in the bone: -1 top, 1 bottom
+# (anatomy, finding) -> its centre (on the left, mirrored for the right) and the tissue there. Slices pass through it,
+# so each site lies where a slice in any direction also shows the landmarks of the anatomy.
+SITES: dict[tuple[str, str], tuple[Vector, str]] = {
+    (anatomy, finding): (tuple(centre), host) for anatomy, of, centre, host in CONTENT["sites"] for finding in of
 }
 TEMPLATES = (
     "{View} {modality} of the {anatomy}, {technique}, showing {finding}.",
@@ -141,21 +141,27 @@ TEMPLATES = (
 def describe(seed: int, split: str, index: int) -> tuple[str, dict[str, str]]:
     """Return caption and labels of a phantom without rendering it. Splits of different names share no phantom."""
     rng = random_stream(seed, split, index, 0)
-    modality, anatomy, finding = pick(rng, MODALITIES), pick(rng, BODIES), pick(rng, FINDINGS)
+    modality = pick(rng, MODALITIES)
+    anatomy = pick(rng, EXAMINATIONS[modality])
+    findings = EXAMINATIONS[modality][anatomy]
+    finding = pick(rng, ("no abnormality", *findings))
     terms, views, techniques, _ = MODALITIES[modality]
     view = pick(rng, views)
-    # outside the chest a lung window shows nothing but white
-    technique = pick(rng, [t for t in techniques if t != "lung window" or anatomy == "chest"])
-    # a place that the view can show: left and right only where u is the x axis
-    place = pick(rng, ("left", "right") if views[view][0] == 0 else ("upper", "lower"))
-    size = pick(rng, ("small", "large"))
-    phrase = pick(rng, FINDINGS[finding])
+    technique = pick(rng, CT_WINDOWS.get(anatomy, ("soft-tissue window",)) if modality == "CT" else techniques)
+    lateral = finding != "no abnormality" and SITES[anatomy, finding][0][0] > MIDLINE
+    sides = views[view][0] == 0 and lateral  # left and right only where u is the x axis
+    focal = finding in FOCAL
+    # a place that the view can show
+    place = pick(rng, ("left", "right")) if sides else pick(rng, ("upper", "lower")) if focal else ""
+    size = pick(rng, ("small", "large")) if focal else ""
     if finding == "no abnormality":
-        place = size = ""
+        place, absent = "", rng.permutation(findings).tolist()
+        phrase = pick(rng, NORMAL if len(findings) > 1 else NORMAL[:-1]).format(*absent)
     else:
-        location = f"on the {place} side" if place in ("left", "right") else f"in the {place} part"
-        several = finding == "multiple nodules"
-        phrase = f"{phrase} ({size}) {location}" if several else f"a {size} {phrase} {location}"
+        location = {"": "", "left": " on the left side", "right": " on the right side"}.get(
+            place, f" in the {place} part"
+        )
+        phrase = f"{size} {pick(rng, FINDINGS[finding])}{location}".strip()
     labels = dict(modality=modality, anatomy=anatomy, finding=finding, view=view)
     labels |= dict(technique=technique, place=place, size=size)
     slots = labels | dict(modality=pick(rng, terms), finding=phrase)
@@ -163,54 +169,96 @@ def describe(seed: int, split: str, index: int) -> tuple[str, dict[str, str]]:
     return pick(rng, TEMPLATES).format(**slots, **capitals), labels
 
 
-def draw_lesion(labels: dict[str, str], rng: np.random.Generator) -> list[Ellipsoid]:
-    """Return the finding as ellipsoids, none for "no abnormality". The side is random where the view cannot show it."""
-    site, host, scale = LESION_SITES[labels["anatomy"]]
-    centre = np.array(site) + rng.normal(0, 0.03, 3)
-    centre[0] *= {"left": 1, "right": -1}.get(labels["place"], rng.choice([-1, 1]))
-    centre[2] += {"upper": -0.28, "lower": 0.28}.get(labels["place"], 0)
-    radius = scale * (rng.uniform(0.17, 0.22) if labels["size"] == "large" else rng.uniform(0.09, 0.115))
-
-    def ellipsoid(tissue: str, radius: float, offset: np.ndarray | float = 0) -> Ellipsoid:
-        return Ellipsoid(tissue, host, (centre + offset).tolist(), (radius * rng.uniform(0.9, 1.1, 3)).tolist())
-
-    match labels["finding"]:
-        case "solid mass":
-            bumps = [ellipsoid("tumour", 0.6 * radius, rng.normal(0, 0.6 * radius, 3)) for _ in range(4)]
-            return [ellipsoid("tumour", 0.85 * radius), *bumps]
-        case "cyst":
-            wall = ellipsoid("capsule", radius)
-            return [wall, Ellipsoid("fluid", "capsule", wall.centre, [r - 0.035 for r in wall.radii])]
-        case "calcification":
-            return [ellipsoid("calcium", 0.8 * radius)]
-        case "gas collection":
-            return [ellipsoid("air", radius)]
-        case "multiple nodules":
-            radius = 0.045 if labels["size"] == "small" else 0.085
-            return [ellipsoid("tumour", radius, rng.uniform(-0.22, 0.22, 3)) for _ in range(7)]
-    return []
+def _blobs(
+    rng: np.random.Generator, tissue: str, host: str, centre: Array, radius: float, count: int
+) -> list[Ellipsoid]:
+    """Return overlapping ellipsoids around a centre, the first of them in it: an irregular region of one tissue."""
+    offsets = rng.normal(0, 0.6 * radius, (count, 3))
+    offsets[0] = 0
+    radii = radius * rng.uniform(0.7, 1.1, (count, 3))
+    return [Ellipsoid(tissue, host, c, r) for c, r in zip((centre + offsets).tolist(), radii.tolist(), strict=True)]
 
 
-def phantom(seed: int, split: str, index: int) -> Example:
-    """Return phantom number `index` (from 0) of a split. Pure and deterministic, about 2 ms on one core."""
-    caption, labels = describe(seed, split, index)
-    rng = random_stream(seed, split, index, 1)
-    anatomy, modality = labels["anatomy"], MODALITIES[labels["modality"]]
-    plane = modality.views[labels["view"]]
-
-    # anatomical variation: concentric parts, such as a bone and its marrow, vary together
-    parts = BODIES[anatomy]
+def vary(parts: list[Ellipsoid], rng: np.random.Generator) -> list[Ellipsoid]:
+    """Return the body of another patient: parts moved and scaled, concentric ones (a bone, its marrow) together."""
     centres = list(dict.fromkeys(part.centre for part in parts))
     shifts, factors = rng.normal(0, 0.012, (len(centres), 3)), rng.uniform(0.95, 1.05, (len(centres), 3))
     rows = [centres.index(part.centre) for part in parts]
     shifted = (np.array([part.centre for part in parts]) + shifts[rows]).tolist()
     scaled = (np.array([part.radii for part in parts]) * factors[rows]).tolist()
-    body = [part._replace(centre=c, radii=r) for part, c, r in zip(parts, shifted, scaled, strict=True)]
+    return [part._replace(centre=c, radii=r) for part, c, r in zip(parts, shifted, scaled, strict=True)]
 
-    lesion = draw_lesion(labels, rng)
-    position = (lesion[0].centre if lesion else LESION_SITES[anatomy][0])[plane[2]]
-    if labels["finding"] == "multiple nodules":  # move all nodules into the slice
-        in_slice = [[position if i == plane[2] else c for i, c in enumerate(nodule.centre)] for nodule in lesion]
-        lesion = [nodule._replace(centre=centre) for nodule, centre in zip(lesion, in_slice, strict=True)]
-    pixels = modality.acquire(body + lesion, plane, position, labels["technique"], rng)
+
+def with_finding(
+    body: list[Ellipsoid], labels: dict[str, str], rng: np.random.Generator
+) -> tuple[list[Ellipsoid], list[float]]:
+    """Return a body with the finding of the labels, and the point that a slice passes through.
+
+    The side is random where the view cannot show it. Normal bodies are cut where a finding could be.
+    """
+    anatomy, finding, body = labels["anatomy"], labels["finding"], list(body)
+    where = pick(rng, EXAMINATIONS[labels["modality"]][anatomy]) if finding == "no abnormality" else finding
+    site, host = SITES[anatomy, where]
+    side = {"left": 1, "right": -1}.get(labels["place"], rng.choice([-1, 1]) if site[0] > MIDLINE else 1)
+    centre = np.array(site) * (side, 1, 1)
+    rows = [row for row, part in enumerate(BODIES[anatomy]) if np.array_equal(part.centre, centre)]  # what is there
+    centre += rng.normal(0, 0.03, 3)
+    centre[2] += {"upper": -0.25, "lower": 0.25}.get(labels["place"], 0)
+    radius = rng.uniform(0.22, 0.28) if labels["size"] == "large" else rng.uniform(0.13, 0.16)
+
+    def add(tissue: str, parent: str, *radii: float, offset: Vector = (0, 0, 0)) -> None:
+        body.append(Ellipsoid(tissue, parent, (centre + np.array(offset) * (side, 1, 1)).tolist(), radii))
+
+    def scale(*factors: float) -> None:
+        for row in rows:
+            body[row] = body[row]._replace(radii=tuple(f * r for f, r in zip(factors, body[row].radii, strict=True)))
+
+    match finding:
+        case "consolidation":
+            body += _blobs(rng, "exudate", host, centre, 0.2, 7)
+        case "pleural effusion":  # sinks to the base and the back of the lung
+            add("exudate", host, 0.30, 0.40, rng.uniform(0.26, 0.40), offset=(0, 0.05, 0.05))
+        case "pneumothorax":  # air around a lung that has shrunk towards the hilum
+            add("air", host, 0.32, 0.44, 0.74)
+            add("exudate", "air", 0.13, 0.22, 0.36, offset=(-0.14, 0.05, 0.08))
+        case "cardiomegaly":
+            scale(*3 * [rng.uniform(1.55, 1.8)])
+        case "fracture" if anatomy == "lumbar spine":  # the vertebral body is compressed
+            scale(1.15, 1.15, rng.uniform(0.35, 0.5))
+        case "fracture":  # two fragments, the lower one displaced
+            level, slip = rng.uniform(*BREAKS[anatomy]), rng.choice([-1, 1], 2) * rng.uniform(0.12, 0.18, 2)
+            for row in rows:
+                bone = body[row]
+                (x, y, z), (a, b, c) = bone.centre, bone.radii
+                body[row] = bone._replace(centre=(x, y, z - c * (1 - level) / 2), radii=(a, b, c * (1 + level) / 2))
+                lower = (x + slip[0], y + slip[1], z + c * (1 + level) / 2)
+                body.append(bone._replace(centre=lower, radii=(a, b, c * (1 - level) / 2)))
+                centre[2] = z + level * c
+        case "mass":
+            body += _blobs(rng, "tumour", host, centre, 0.8 * radius, 5)
+        case "cyst":
+            add("capsule", host, radius, radius, radius)
+            add("fluid", "capsule", *3 * [radius - 0.04])
+        case "calcification":
+            body += _blobs(rng, "calcium", host, centre, 0.5 * radius, 3)
+        case "haemorrhage":  # a lens of blood inside the skull
+            add("blood", host, 0.15, *rng.uniform(0.3, 0.45, 2))
+        case "hydronephrosis":
+            scale(1.4, 1.4, 1.4)
+            add("fluid", host, 0.15, 0.15, 0.30)
+    return body, centre.tolist()
+
+
+def phantom(seed: int, split: str, index: int, healthy: bool = False) -> Example:
+    """Return phantom number `index` (from 0) of a split. Pure and deterministic, about 2 ms on one core.
+
+    healthy: without its finding, but of the same patient in the same position, to see where the finding is.
+    """
+    caption, labels = describe(seed, split, index)
+    modality = MODALITIES[labels["modality"]]
+    plane = modality.views[labels["view"]]
+    rng = random_stream(seed, split, index, 1)
+    normal = vary(BODIES[labels["anatomy"]], rng)
+    body, centre = with_finding(normal, labels, random_stream(seed, split, index, 2))
+    pixels = modality.acquire(normal if healthy else body, plane, centre[plane[2]], labels["technique"], rng)
     return Example(Image.fromarray((255 * pixels + 0.5).astype(np.uint8)), caption, labels)

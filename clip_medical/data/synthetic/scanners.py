@@ -18,7 +18,7 @@ import numpy as np
 
 SIZE = 128  # pixels per side
 
-GAMMAS = {"standard exposure": 1.0, "overexposed": 1.9, "underexposed": 0.5}  # of the film's response
+GAMMAS = {"standard exposure": 1.0, "overexposed": 1.4, "underexposed": 0.7}  # of the film's response
 WINDOWS = {"soft-tissue window": (40, 400), "bone window": (450, 1800), "lung window": (-550, 1500)}  # level, width; HU
 WEIGHTINGS = {"T1-weighted": (500, 12), "T2-weighted": (3500, 95)}  # repetition time and echo time, ms
 PROBES = ("curved probe", "linear probe")
@@ -51,6 +51,8 @@ TISSUES = {
     "marrow": Tissue(0.32, 260, 350, 70, 0.75, 0.60, 3.0),
     "bone": Tissue(0.60, 1000, 500, 2, 0.15, 1.00, 6.0),
     "tumour": Tissue(0.34, 130, 1400, 120, 0.92, 0.14, 0.9),
+    "exudate": Tissue(0.24, 40, 1200, 90, 0.90, 0.30, 0.8),
+    "blood": Tissue(0.36, 200, 250, 35, 0.90, 0.90, 1.0),
     "capsule": Tissue(0.50, 220, 900, 20, 0.40, 0.95, 0.8),
     "calcium": Tissue(1.20, 1400, 900, 2, 0.05, 1.00, 9.0),
 }
@@ -206,16 +208,11 @@ class Modality(NamedTuple):
     acquire: Callable[[Body, Plane, float, str, np.random.Generator], np.ndarray]
 
 
+XRAY_VIEWS, CT_VIEWS = {"frontal": CORONAL, "lateral": SAGITTAL}, {"axial": AXIAL, "sagittal": SAGITTAL}
+MRI_VIEWS, US_VIEWS = {"coronal": CORONAL, "sagittal": SAGITTAL}, {"transverse": AXIAL, "longitudinal": LONG_AXIS}
 MODALITIES = {
-    "X-ray": Modality(("X-ray", "radiograph", "plain film"), {"frontal": CORONAL, "lateral": SAGITTAL}, GAMMAS, xray),
-    "CT": Modality(("CT", "computed tomography", "CT scan"), {"axial": AXIAL, "sagittal": SAGITTAL}, WINDOWS, ct),
-    "MRI": Modality(
-        ("MRI", "MR image", "magnetic resonance image"), {"coronal": CORONAL, "sagittal": SAGITTAL}, WEIGHTINGS, mri
-    ),
-    "ultrasound": Modality(
-        ("ultrasound", "sonogram", "ultrasound image"),
-        {"transverse": AXIAL, "longitudinal": LONG_AXIS},
-        PROBES,
-        ultrasound,
-    ),
+    "X-ray": Modality(("X-ray", "radiograph", "plain film"), XRAY_VIEWS, GAMMAS, xray),
+    "CT": Modality(("CT", "computed tomography", "CT scan"), CT_VIEWS, WINDOWS, ct),
+    "MRI": Modality(("MRI", "MR image", "magnetic resonance image"), MRI_VIEWS, WEIGHTINGS, mri),
+    "ultrasound": Modality(("ultrasound", "sonogram", "ultrasound image"), US_VIEWS, PROBES, ultrasound),
 }

@@ -1,0 +1,60 @@
+"""DoRA, weight-decomposed LoRA (Liu et al. 2024, arXiv 2402.09353): the worked example of a subclass of LoRALinear.
+
+Fine-tuning changes the length and the direction of the rows of W. Plain LoRA ties the two changes together; DoRA learns
+the length of each row by itself, and leaves only the direction to B A (section 4.1, with rows for the paper's columns,
+as nn.Linear stores W):
+
+        W + scaling * B A   --->   divide each row by its length   --->   times m (out,)   --->   * x + b
+            (out, in)                  direction, unit rows               length, trained
+
+    y = m * ((W + D) x) / |W + D| + b          D = scaling * B A,   |.| the length of each row, m starts at |W|
+
+At the start B = 0, so that D = 0, m / |W| = 1 and y is the base's. What it costs: out more numbers per layer, and the
+lengths |W + D| in each step, for which W + D is formed once.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layer import LoRALinear
+
+
+class DoRALinear(LoRALinear):
+    """A LoRALinear with a trained length for each row of the weight. Arguments, shapes and errors are those of LoRA.
+
+    Attributes: magnitude (out,), m above, in fp32; lora_A and lora_B as before. PEFT calls this `use_dora=True`; its
+    files are read and written.
+    """
+
+    peft_fields = {"peft_type": "LORA", "use_dora": True}
+    peft_tensors = LoRALinear.peft_tensors | {"magnitude": "lora_magnitude_vector"}
+
+    def __init__(self, base: nn.Linear, *settings: Any, **named: Any) -> None:
+        super().__init__(base, *settings, **named)
+        self.magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1))
+
+    def rescaling(self) -> Tensor:
+        """m / |W + D| (out,): what each output is multiplied by."""
+        adapted = self.base.weight.float() + super().delta_weight()
+        # Section 4.3: the length is a constant in the backward pass, which saves memory and costs no accuracy.
+        length: Tensor = adapted.norm(dim=1)
+        return self.magnitude / length.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.strength == 0:  # switched off: exactly the base
+            y: Tensor = self.base(x)
+            return y
+        # The bias is not part of the rows. base(x) - bias would round in half precision, hence the sum in fp32.
+        bias: Any = 0 if self.base.bias is None else self.base.bias.float()
+        adapted: Tensor = super().forward(x).float() - bias
+        rescaled: Tensor = self.rescaling() * adapted + bias
+        return rescaled.to(x.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """The whole correction as one matrix (out, in): m * (W + D) / |W + D| - W. `merged` adds it to W."""
+        if self.strength == 0:
+            return super().delta_weight()  # zeros
+        weight = self.base.weight.float()
+        adapted: Tensor = self.rescaling()[:, None] * (weight + super().delta_weight())
+        return adapted - weight
