@@ -18,7 +18,7 @@ $(READY): pyproject.toml
 demo: $(READY)  ## adapt the bundled CLIP to synthetic radiology images and report, 2 to 6 minutes on 2 cores
 	$(RUN) train.py
 
-test: $(READY)  ## all tests, about 8 minutes on 2 cores
+test: $(READY)  ## all tests, the slow ones included
 	$(RUN) -m pytest
 
 test-fast: $(READY)  ## the tests that are not marked slow, about 3 minutes on 2 cores

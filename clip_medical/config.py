@@ -62,8 +62,9 @@ class Config:
     # whole batch (cached gradients, Gao et al. 2021), for one more forward pass. Plain gradient accumulation is not
     # offered: it would take away negatives.
     chunk_size: int | Literal["auto"] = "auto"
-    # Fragments of each caption, by turns of its first words and of the whole caption, that are trained beside it, so
-    # that the text encoder learns short labels and queries too; the mean of their losses is added. 0: captions alone.
+    # Fragments of each caption, a few of its first words and in the second one a few of all its words, that are trained
+    # beside it, so that the text encoder learns short labels and queries too; the mean of their losses is added to that
+    # of the captions. 0: captions alone.
     fragments: int = 4
     # Rotate, shift and zoom each training image a little, differently in every epoch. Never mirrored: left and right
     # matter.

@@ -70,7 +70,8 @@ def test_a_run_leaves_the_files_of_its_contract(finished: Path) -> None:
     expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "training_images.txt"}
     expected |= {"checkpoint/state.pt", "checkpoint/previous.pt"}
     expected |= {f"figures/{name}.png" for name in ("loss", "recall", "zero_shot", "search")}
-    expected |= {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json")}
+    expected |= {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
+    expected |= {"adapter/calibration.json", "adapter/provenance.json"}
     assert files == expected
     steps = records(finished)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]

@@ -2,9 +2,9 @@
 
 Captions are sentences, while search queries and zero-shot prompts are as short as "chest CT". Radford et al. (2021) and
 Zhang et al. (2020, ConVIRT, section 3.2) train on a random sentence of each text. Captions have only one or two
-sentences, so a run of words replaces the sentence. Every other fragment is taken from the first words, as in "Chest CT
-of a 64-year-old woman with fever and a history of travel, ...": they describe the image, and later words often describe
-the patient. The others are taken from the whole caption, which names the findings.
+sentences, so a run of words replaces the sentence. It is taken from the first words, as in "Chest CT of a 64-year-old
+woman with fever and a history of travel, ...": they describe the image, and later words often describe the patient.
+Only the second fragment of a caption is taken from all of it, as findings often stand at its end.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FIRST = 8  # number of words at the start of a caption from which every other fragment is taken
+FIRST = 8  # number of words at the start of a caption from which fragments are taken
+WHOLE = 1  # the fragment with this number is taken from the whole caption
 LONGEST = 6  # maximum number of words in a fragment
 # Before what they deny ("effusion is absent" is not understood), and where the vocabulary has them as one token: CLIP's
 # has all, the tiny CLIP's has no, without and negative.
@@ -42,8 +43,8 @@ def fragments(
 ) -> tuple[Tensor, Tensor]:
     """Cut each caption to a random run of 1 to LONGEST words, between its start and end token.
 
-    Even numbers take it from the FIRST words, odd ones from the whole caption. A run that would begin after a negation,
-    in the same sentence, begins with the negation: "no evidence of a fracture" never becomes "a fracture".
+    It is taken from the FIRST words, with number WHOLE from all of them. A run that would begin after a negation, in
+    the same sentence, begins with the negation: "no evidence of a fracture" never becomes "a fracture".
 
     tokens: (N, L) token ids. lengths: (N,) including start and end token. kinds: see WordTokens; None means that each
     token is a word. CLIP's tokenizer counts each digit and punctuation mark as a word. The last word of a truncated
@@ -56,7 +57,7 @@ def fragments(
     inner = (column > 0) & (column < lengths[:, None] - 1)
     word_end = (inner if kinds is None else inner & kinds.ends[tokens]).long()
     word = word_end.cumsum(dim=1) - word_end  # (N, L) index of the word that each token belongs to
-    words = torch.where(inner, word + 1, 0).amax(dim=1).clamp(max=tokens.shape[1] if number % 2 else FIRST)
+    words = torch.where(inner, word + 1, 0).amax(dim=1).clamp(max=tokens.shape[1] if number == WHOLE else FIRST)
     count = torch.minimum(1 + (random[0] * LONGEST).long(), words)
     first = (random[1] * (words - count + 1)).long()
     if kinds is not None:

@@ -78,5 +78,7 @@ def test_the_snippet_runs(
     exec(code.replace("user/name", str(folder)), {})
     output = ast.literal_eval(capsys.readouterr().out)
     probabilities = output if isinstance(output, dict) else {row["label"]: row["score"] for row in output}
+    calibration = adapted.calibration if to == "adapter" else {}  # others know one temperature, the model's
+    monkeypatch.setattr(adapted, "calibration", calibration)
     expected = adapted.classify(IMAGES[0], ["X-ray of the chest", "CT of the head"])
     assert probabilities == pytest.approx(expected, abs=1e-4)
