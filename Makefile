@@ -28,7 +28,7 @@ bench: $(READY)  ## speed and memory beside peft and full fine-tuning
 	$(RUN) -m experiments.benchmark
 
 notebooks: $(READY)  ## execute the notebook and store its outputs, about 4 minutes on 2 cores
-	$(VENV)/bin/jupyter execute --inplace experiments/notebooks/lora_from_scratch.ipynb
+	PYTHONWARNINGS=ignore $(VENV)/bin/jupyter execute --inplace experiments/notebooks/lora_from_scratch.ipynb
 
 mutants: $(READY)  ## put known mistakes into a copy of the code and see a test fail on each; writes tests/MUTANTS.md
 	$(RUN) tests/mutants.py
