@@ -15,19 +15,19 @@ $(READY): pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## adapt the bundled CLIP to synthetic radiology images and report, 2 to 6 minutes on 2 cores
+demo: $(READY)  ## adapt the bundled CLIP to synthetic radiology images and report, about 6 minutes on 2 slow cores
 	$(RUN) train.py
 
 test: $(READY)  ## all tests, the slow ones included
 	$(RUN) -m pytest
 
-test-fast: $(READY)  ## the tests that are not marked slow, about 3 minutes on 2 cores
+test-fast: $(READY)  ## the tests that are not marked slow, about 4 minutes on 2 cores
 	$(RUN) -m pytest -m "not slow"
 
 bench: $(READY)  ## speed and memory beside peft and full fine-tuning
 	$(RUN) -m experiments.benchmark
 
-notebooks: $(READY)  ## execute the notebook and store its outputs, about 4 minutes on 2 cores
+notebooks: $(READY)  ## execute the notebook and store its outputs, about 2 minutes on 2 cores
 	PYTHONWARNINGS=ignore $(VENV)/bin/jupyter execute --inplace experiments/notebooks/lora_from_scratch.ipynb
 
 mutants: $(READY)  ## put known mistakes into a copy of the code and see a test fail on each; writes tests/MUTANTS.md

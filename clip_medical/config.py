@@ -122,6 +122,10 @@ class Config:
         for name in ("lr", "alpha", "max_grad_norm", "lora_plus", "logit_scale_lr", "checkpoint_every_minutes"):
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number above 0")
+        if self.dora and self.from_adapter:
+            raise UserError(
+                "Found --dora with --from-adapter, which says what kind of adapter it is. Leave out --dora."
+            )
         for name in ("dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "a number from 0 up to, not including, 1")
@@ -160,7 +164,7 @@ PRESETS = {
         epochs=6,
         lr=5e-4,
         fragments=1,
-    ),  # fmt: skip
+    ),
 }
 
 

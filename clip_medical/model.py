@@ -54,7 +54,7 @@ class Clip:
         self.fingerprint = fingerprint
         self.revision = revision
         self.requested_encoder = requested_encoder
-        self.calibration: dict[str, dict[str, float]] = {}  # by facet, see evaluation/calibration.py
+        self.calibration: dict[str, dict[str, Any]] = {}  # by facet, see evaluation/calibration.py
         self._choice: Choice | None = None
         self._chosen_for: list[Any] = []
 
@@ -71,7 +71,8 @@ class Clip:
 
     def scale(self, facet: str) -> float:
         """Factor of the cosines in a softmax over classes: 1 / temperature, calibrated for the facet if possible."""
-        return self.calibration.get(facet, {}).get("scale") or self.model.logit_scale.detach().float().exp().item()
+        fitted: float | None = self.calibration.get(facet, {}).get("scale")
+        return fitted or self.model.logit_scale.detach().float().exp().item()
 
     def set_checkpointing(self, on: bool) -> None:
         """In training, compute the activations of each layer twice instead of keeping them."""

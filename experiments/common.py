@@ -222,7 +222,6 @@ class Experiment:
         """Decode and tokenize the validation pairs; say how many of their images the run was trained on."""
         processor = setup.models["unadapted"].processor
         pairs = prepare(data.validation, processor, "validation")
-        kept_back = prepare(data.calibration, processor, "calibration") if len(data.calibration) else None
         trained = set(runs.trained_on(self.run))
         if self.run and not trained and not len(data.train):
             print(f"         {self.run} has no {runs.TRAINED}: it is not known whether it was trained on some of these")
@@ -234,11 +233,11 @@ class Experiment:
                     raise UserError(f"{message}, so none is left to measure on. Name other data.")
                 print(f"         {message}, and are left out")
                 setup.facts["data"] |= {"validation pairs": len(new), "trained on, left out": seen}
-                return replace(prepare(pairs.split.select(new), processor, "validation"), kept_back=kept_back)
+                return prepare(pairs.split.select(new), processor, "validation")
             setup.facts["data"]["trained on"] = seen
             setup.warnings.append(f"{message}: these results are not of held-out data. --leave-out-trained omits them")
             print(f"         {setup.warnings[-1]}")
-        return replace(pairs, kept_back=kept_back)
+        return pairs
 
     def save(self, setup: Setup, name: str, results: dict[str, Any], *files: str) -> None:
         """Write NAME.json atomically: the facts of `setup`, then the results. With names of figures, print them."""

@@ -9,15 +9,15 @@ On one image with labels of your own: `--image my.png --labels "X-ray of the che
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from clip_medical.data.batches import Pairs
-from clip_medical.data.dataset import FACETS
+from clip_medical.data.batches import Pairs, prepare
+from clip_medical.data.dataset import FACETS, Data
 from clip_medical.data.images import decode
 from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
@@ -28,7 +28,7 @@ from clip_medical.evaluation.table import Row, as_text
 from clip_medical.evaluation.zero_shot import PROMPTS, class_cosines, label_sets, multilabel, refused, scores_at
 from clip_medical.model import CAPTIONS, Clip
 from experiments import figures
-from experiments.common import Experiment, Reports, Results, main, pick, share
+from experiments.common import Experiment, Reports, Results, Setup, main, pick, share
 
 FEWEST = 10  # kept-back images of each class that a threshold is chosen on
 Labels = dict[str, list[str]]  # facet -> the label of each row, "" where unknown; or facet -> its classes
@@ -136,6 +136,12 @@ class ZeroShot(Experiment):
             raise UserError("--evidence needs --image and at least two --labels: it is for one label over the others.")
         if self.question and (self.facet or self.classes):
             raise UserError("--question already names a facet and its classes. Leave out --facet and --classes.")
+
+    def prepare(self, data: Data, setup: Setup) -> Pairs:
+        """Add the kept-back training pairs of the same data, on which thresholds are chosen."""
+        pairs, processor = super().prepare(data, setup), setup.models["unadapted"].processor
+        kept_back = prepare(data.calibration, processor, "calibration") if len(data.calibration) else None
+        return replace(pairs, kept_back=kept_back)
 
     def title(self) -> str:
         """Name of the results: that of the question, so that one does not overwrite the other."""

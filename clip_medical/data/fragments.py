@@ -60,14 +60,13 @@ def fragments(
     words = torch.where(inner, word + 1, 0).amax(dim=1).clamp(max=tokens.shape[1] if number == WHOLE else FIRST)
     count = torch.minimum(1 + (random[0] * LONGEST).long(), words)
     first = (random[1] * (words - count + 1)).long()
+    last = first + count
     if kinds is not None:
         # the words from which the last negation and the last stop before each token come, -1: none
         negation, stop = (torch.where(mask[tokens], word, -1).cummax(dim=1).values for mask in kinds[1:])
         begin = torch.where(negation > stop, negation, word)
-        count = count + first
         first = torch.where(inner & (word == first[:, None]), begin, len(column)).amin(dim=1)
-        count = count - first
-    selected = (column == 0) | (inner & (word >= first[:, None]) & (word < (first + count)[:, None]))
+    selected = (column == 0) | (inner & (word >= first[:, None]) & (word < last[:, None]))
     size = selected.sum(dim=1)
     fragment = tokens.gather(1, lengths[:, None] - 1).repeat(1, len(column))  # end tokens
     fragment[column < size[:, None]] = tokens[selected]

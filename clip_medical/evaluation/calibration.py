@@ -28,9 +28,9 @@ SCALES = torch.logspace(0, 2.5, 101).tolist()  # of the cosines in the softmax, 
 def calibrate(clip: Clip, pairs: Pairs) -> dict[str, dict[str, Any]]:
     """Choose the calibration of a model on kept-back `pairs`, set it as clip.calibration and return it.
 
-    Returns facet -> {"scale", "floor"}, or label -> lowest score that counts as present where images have several
-    labels (where both values occur). The facet CAPTIONS is for labels in the user's own words: the choice is among all
-    captions of the pairs. Facets with fewer than two classes are left out.
+    Returns facet -> {"scale", "floor"}; where images have several labels, facet -> {"thresholds": label -> lowest score
+    that counts as present, for labels of which both values occur}. The facet CAPTIONS is for labels in the user's own
+    words: the choice is among all captions of the pairs. Facets with fewer than two classes are left out.
     """
     images, texts = encode(clip, pairs)
     clip.calibration = {}
@@ -42,11 +42,12 @@ def calibrate(clip: Clip, pairs: Pairs) -> dict[str, dict[str, Any]]:
         if sets := label_sets(named):
             labels, truth = sets
             each = zip(labels, multilabel_scores(clip, facet, labels, images[known]).T, truth.T, strict=True)
-            clip.calibration[facet] = {
+            thresholds = {
                 label: best_threshold(scores, true)
                 for label, scores, true in each
                 if (true == 1).any() and (true == 0).any()
             }
+            clip.calibration[facet] = {"thresholds": thresholds}
         else:
             classes = sorted(set(named))
             truth = torch.tensor([classes.index(name) for name in named])

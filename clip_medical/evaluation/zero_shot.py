@@ -54,7 +54,8 @@ def class_scores(clip: Clip, facet: str, classes: Sequence[str], images: Tensor)
 
 def refused(clip: Clip, facet: str, cosines: Tensor) -> Tensor:
     """Whether the answer is "none of these": cosines (N, C, G) -> (N,) 1 or 0; the facet must be calibrated."""
-    return (cosines.amax(dim=(1, 2)) < clip.calibration[facet]["floor"]).double()
+    floor: float = clip.calibration[facet]["floor"]
+    return (cosines.amax(dim=(1, 2)) < floor).double()
 
 
 def class_cosines(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def multilabel(clip: Clip, facet: str, names: Sequence[str], images: Tensor) -> 
     rows = [row for row, name in enumerate(names) if name]
     classes, truth = label_sets([names[row] for row in rows]) or ([], torch.empty(0, 0))
     scores = multilabel_scores(clip, facet, classes, images[rows])
-    return multilabel_report(scores, truth, classes, clip.calibration.get(facet))
+    return multilabel_report(scores, truth, classes, clip.calibration.get(facet, {}).get("thresholds"))
 
 
 def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_thresholds_are_chosen_on_rows_with_a_label() -> None:
     truth = {"cyst": [1, 1, 0, 0], "fracture": [0, 0, 0, 1], "mass": [1, 0, 1, 0]}
     for column, (label, present) in enumerate(truth.items()):
         expected = best_threshold(scores[known, column], torch.tensor(present).float())
-        assert chosen["finding"][label] == pytest.approx(expected, abs=1e-5)
+        assert chosen["finding"]["thresholds"][label] == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_image_below_the_floor_is_none_of_these() -> None:

@@ -1,5 +1,4 @@
-"""The extension point: a PEFT method is a subclass of LoRALinear. DoRA is the
-example."""
+"""The extension point: a PEFT method is a subclass of LoRALinear. DoRA is the example."""
 
 from pathlib import Path
 from typing import Any

@@ -158,9 +158,7 @@ def describe(seed: int, split: str, index: int) -> tuple[str, dict[str, str]]:
         place, absent = "", rng.permutation(findings).tolist()
         phrase = pick(rng, NORMAL if len(findings) > 1 else NORMAL[:-1]).format(*absent)
     else:
-        location = {"": "", "left": " on the left side", "right": " on the right side"}.get(
-            place, f" in the {place} part"
-        )
+        location = f" on the {place} side" if sides else f" in the {place} part" if focal else ""
         phrase = f"{size} {pick(rng, FINDINGS[finding])}{location}".strip()
     labels = dict(modality=modality, anatomy=anatomy, finding=finding, view=view)
     labels |= dict(technique=technique, place=place, size=size)
