@@ -10,7 +10,7 @@ Half of the captions are cut to fragments, as labels and queries are short.
 
 The result, `clip_medical/assets/tiny-clip/`, is a Hugging Face CLIP folder. Its `training.json` records how it was
 made. The bundled model was trained with earlier versions of the phantoms and of this script, so that a new training
-gives an equivalent model, not the same weights. It takes a few hours on two cores.
+does not give the same weights. In its present form the script has only been run in small.
 """
 
 import json

@@ -44,16 +44,12 @@ def probabilities(clip: Clip, facet: str, names: list[str], images: Tensor, labe
 
 
 def restrict(labels: Labels, where: str | None) -> Labels:
-    """Keep the labels of the rows that have the label `where`, such as "anatomy=chest"."""
+    """Keep the labels of the rows that have the label `where`, such as "anatomy=chest"; there may be none."""
     if where is None:
         return labels
     facet, _, name = where.partition("=")
-    if name not in labels.get(facet, []):
-        raise UserError(f"Found --where {where}, expected a facet and a label of it, such as anatomy=chest.")
-    return {
-        f: [x if x and at == name else "" for x, at in zip(column, labels[facet], strict=True)]
-        for f, column in labels.items()
-    }
+    usable = [at == name for at in labels.get(facet, [])]
+    return {f: [x if keep else "" for x, keep in zip(column, usable, strict=False)] for f, column in labels.items()}
 
 
 def comparable(labels: Labels, facet: str, names: list[str]) -> Labels:
@@ -171,7 +167,10 @@ class ZeroShot(Experiment):
         images = encode(clip, pairs)[0]
         reports = facet_reports(clip, images, labels, classes)
         if not reports:
-            raise UserError(f"No image has one of the labels {chosen or present} with these flags. Leave out --where.")
+            where = (
+                f" and --where {self.where} (a facet and a label of it, such as anatomy=chest)" if self.where else ""
+            )
+            raise UserError(f"No image has one of the labels {classes}{where}. Ask for others.")
         for task, names in classes.items():
             if len(names) == 2 and "auroc" in reports.get(task, {}) and "confusion" in reports[task]:
                 p, truth = probabilities(clip, task, names, images, labels)
@@ -182,8 +181,8 @@ class ZeroShot(Experiment):
     def _threshold(self, clip: Clip, kept_back: Pairs | None, facet: str, names: list[str]) -> tuple[float, str]:
         """Choose the probability from which the first class counts as present, and say on what it was chosen."""
         if kept_back:
-            labels: Labels = kept_back.split.labels
-            labels = comparable(labels, facet, names) if self.question else labels
+            labels = restrict(kept_back.split.labels, self.where)
+            labels = comparable(labels, facet, names) if self.question and labels[facet] else labels
             q, true = probabilities(clip, facet, names, encode(clip, kept_back)[0], labels)
             if min((true == 0).sum(), (true == 1).sum()) >= FEWEST:
                 return best_threshold(q[:, 0], (true == 0).float()), f"{len(true)} kept-back training pairs"
