@@ -121,7 +121,7 @@ class Search(Experiment):
 
         def panel(hit: Found) -> plots.Hit:
             text = " of the ".join(hit.labels[facet] for facet in ("modality", "anatomy") if facet in hit.labels)
-            text = textwrap.shorten(text or hit.caption or hit.name, 24)
+            text = textwrap.shorten(text or hit.caption or hit.name, 30)
             return index.thumbnail(hit.row), f"{text}\ncosine {hit.score:.3f}", None
 
         panels = {model: [[panel(hit) for hit in hits[:5]]] for model, hits in results.items()}

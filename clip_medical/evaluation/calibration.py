@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_medical.data.batches import Pairs
+from clip_medical.data.fragments import fragments
 from clip_medical.evaluation.classification import best_threshold
 from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.zero_shot import PROMPTS, class_cosines, label_sets, multilabel_scores, scores_at
@@ -30,7 +31,8 @@ def calibrate(clip: Clip, pairs: Pairs) -> dict[str, dict[str, Any]]:
 
     Returns facet -> {"scale", "floor"}; where images have several labels, facet -> {"thresholds": label -> lowest score
     that counts as present, for labels of which both values occur}. The facet CAPTIONS is for labels in the user's own
-    words: the choice is among all captions of the pairs. Facets with fewer than two classes are left out.
+    words: its temperature is that of a choice among all captions of the pairs. Facets with fewer than two classes are
+    left out.
     """
     images, texts = encode(clip, pairs)
     clip.calibration = {}
@@ -56,7 +58,9 @@ def calibrate(clip: Clip, pairs: Pairs) -> dict[str, dict[str, Any]]:
     if len(captions) > 1:
         first = torch.stack([(rows == caption).nonzero()[0, 0] for caption in range(len(captions))])
         fitted = _fit((images @ texts[first].T)[..., None], rows)
-        own = (images * texts).sum(dim=1).double()  # not the best of all captions: a user gives a few labels
+        # A user's labels are short, and short texts are less similar to their images than captions: hence fragments.
+        short = zip(*(x.split(256) for x in fragments(pairs.tokens, pairs.lengths, pairs.kinds, 0, 0)), strict=True)
+        own = (images * torch.cat([clip.text_features(*part).cpu() for part in short])).sum(dim=1).double()
         clip.calibration[CAPTIONS] = fitted | {"floor": own.quantile(FALSE_ALARMS).item()}
     return clip.calibration
 

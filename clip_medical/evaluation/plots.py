@@ -95,11 +95,13 @@ def search_grid(queries: Sequence[str], hits: dict[str, list[list[Hit]]], pool: 
     """
     best, *_ = next(iter(hits.values()))
     shown = len(best)
-    figure = plt.figure(figsize=(1.5 * shown * len(hits), 2.05 * len(queries)))
+    height = 0.7 + 2.05 * len(queries)  # inches
+    figure = plt.figure(figsize=(1.5 * shown * len(hits), height))
     parts: Any = figure.subfigures(1, len(hits), squeeze=False)
     for part, (model, results) in zip(parts[0], hits.items(), strict=True):
-        part.suptitle(model, y=1 + 0.1 / len(queries))
+        part.suptitle(model, y=1, va="top")
         spaces = {"left": 0.03, "right": 0.97, "hspace": 0.62, "wspace": 0.08}
+        spaces |= {"top": 1 - 0.95 / height, "bottom": 0.35 / height}  # for model, query and title; for the note
         grid = part.subplots(len(queries), shown, squeeze=False, gridspec_kw=spaces)
         for axes, (image, text, correct) in zip(grid.flat, itertools.chain(*results), strict=True):
             axes.imshow(image.convert("RGB"))
@@ -112,5 +114,5 @@ def search_grid(queries: Sequence[str], hits: dict[str, list[list[Hit]]], pool: 
     note = f"the first {shown} of {pool:,} images, best first"
     if best[0][2] is not None:
         note += "; blue frame: both labels are correct, orange and dashed: not"
-    figure.text(0.5, 0.03, note, ha="center", fontsize=9.5)
+    figure.text(0.5, 0.05 / height, note, ha="center", fontsize=9.5)
     save_figure(figure, file)

@@ -1,5 +1,6 @@
 """Temperatures, floors and thresholds, chosen on kept-back pairs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from clip_medical.data.batches import Pairs
 from clip_medical.data.dataset import load_data
+from clip_medical.data.fragments import fragments
 from clip_medical.data.splits import Split
 from clip_medical.errors import UserError
 from clip_medical.evaluation.calibration import SCALES, calibrate
@@ -61,6 +63,17 @@ def test_thresholds_are_chosen_on_rows_with_a_label() -> None:
     for column, (label, present) in enumerate(truth.items()):
         expected = best_threshold(scores[known, column], torch.tensor(present).float())
         assert chosen["finding"]["thresholds"][label] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_floor_of_own_labels_is_that_of_short_texts() -> None:
+    """Catches a floor chosen on whole captions, which refuses most images of the data where labels are short."""
+    clip = load_clip()
+    pairs = kept_back(clip, {}, 40)
+    floor = calibrate(clip, pairs)[CAPTIONS]["floor"]
+    images, captions = encode(clip, pairs)
+    tokens, lengths = fragments(pairs.tokens, pairs.lengths, pairs.kinds, 0, 0)
+    short = (images * encode(clip, replace(pairs, tokens=tokens, lengths=lengths))[1]).sum(dim=1)
+    assert (short < floor).float().mean() == pytest.approx(0.05) and not torch.equal(tokens, pairs.tokens)
 
 
 def test_an_image_below_the_floor_is_none_of_these() -> None:
