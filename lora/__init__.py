@@ -5,7 +5,7 @@
     peft_format.py   saving and strict loading, in the layout of Hugging Face PEFT
     dora.py          DoRA as an example of a subclass
 
-Only torch, safetensors and the standard library are imported. Nothing here depends on CLIP.
+Nothing here depends on CLIP; only torch and safetensors are imported.
 """
 
 from .dora import DoRALinear

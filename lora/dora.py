@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layer import LoRALinear
+from .layer import LoRALinear, wide
 
 
 class DoRALinear(LoRALinear):
@@ -32,11 +32,11 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base: nn.Linear, *settings: Any, **named: Any) -> None:
         super().__init__(base, *settings, **named)
-        self.magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1))
+        self.magnitude = nn.Parameter(wide(base.weight.detach()).norm(dim=1))
 
     def rescaling(self) -> Tensor:
         """m / |W + D| (out,): what each output is multiplied by."""
-        adapted = self.base.weight.float() + super().delta_weight()
+        adapted = wide(self.base.weight) + super().delta_weight()
         # Section 4.3: the length is a constant in the backward pass, which saves memory and costs no accuracy.
         length: Tensor = adapted.norm(dim=1)
         return self.magnitude / length.detach()
@@ -46,8 +46,8 @@ class DoRALinear(LoRALinear):
             y: Tensor = self.base(x)
             return y
         # The bias is not part of the rows. base(x) - bias would round in half precision, hence the sum in fp32.
-        bias: Any = 0 if self.base.bias is None else self.base.bias.float()
-        adapted: Tensor = super().forward(x).float() - bias
+        bias: Any = 0 if self.base.bias is None else wide(self.base.bias)
+        adapted: Tensor = wide(super().forward(x)) - bias
         rescaled: Tensor = self.rescaling() * adapted + bias
         return rescaled.to(x.dtype)
 
@@ -55,6 +55,6 @@ class DoRALinear(LoRALinear):
         """The whole correction as one matrix (out, in): m * (W + D) / |W + D| - W. `merged` adds it to W."""
         if self.strength == 0:
             return super().delta_weight()  # zeros
-        weight = self.base.weight.float()
+        weight = wide(self.base.weight)
         adapted: Tensor = self.rescaling()[:, None] * (weight + super().delta_weight())
         return adapted - weight

@@ -6,16 +6,16 @@ Injection is a transaction in three movements:
     refuse   anything wrong with that plan, before a single module or flag has been touched
     apply    freeze the model, swap each planned layer for a LoRALinear that holds it
 
-The middle one is why this file is longer than a loop with setattr. Half-injected models, names that match too much
-(as a substring, in the wrong tower) or nothing at all are the common ways to lose a day with LoRA, and most of them
-raise no error: the model trains, and behaves like its base.
+The middle one is why this file is longer than a loop with setattr. Half-injected models, and names that match too much
+or nothing at all, are common ways to lose a day with LoRA, and raise no error: the model trains, and stays its base.
 
-Which matrices? Hu et al. (2021) adapt only attention weights (section 4.2), find that W_q and W_v together do better
-than the same budget of parameters spent on one matrix (7.1; hence the default targets), and that very small ranks
-suffice (7.2). These are findings on language models: where to start, not where to stop.
+Which matrices? Hu et al. (2021) adapt attention weights (section 4.2), find W_q and W_v together better than one matrix
+with as many parameters (7.1; hence the default targets), and very small ranks sufficient (7.2). These are findings on
+language models: where to start, not where to stop.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from torch import nn
 
 from .layer import LoRAError, LoRALinear, check_layer, merged
 
-Settings = tuple[int, float, float, bool]  # rank, alpha, dropout, rslora: one of each for a whole adapter
+Settings = tuple[int, float, float, bool]  # rank, alpha, dropout, rslora
+Plan = dict[str, tuple[Any, Settings]]  # dotted name -> the layer there, and the settings of its LoRALinear
 
 
 def inject(
@@ -36,84 +37,107 @@ def inject(
     rslora: bool = False,
     within: str | Sequence[str] | None = None,
     layer: type[LoRALinear] = LoRALinear,
+    exclude: str | Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Adapt every nn.Linear whose name is in `targets`, and freeze all other parameters of the model, in place.
 
     Args:
-        targets: compared, whole, with the last part of the dotted name. "q_proj" means "...self_attn.q_proj" and
-            neither "...q_proj_norm" nor "...mq_proj": a substring match would take them all.
-        rank, alpha, dropout, rslora: as in LoRALinear, the same for every layer.
+        targets, exclude: endings of dotted names, compared from dot to dot. "q_proj" means "...self_attn.q_proj" and
+            neither "...q_proj_norm" nor "...mq_proj": a substring match would take them all. A string instead of a
+            list is a regular expression for such an ending; the target "all-linear" is every nn.Linear.
+        rank, alpha, dropout, rslora: as in LoRALinear.
         within: keep to these dotted prefixes. "vision_model" holds "vision_model.x" but not "vision_model2.x".
         layer: LoRALinear or a subclass, called as layer(base, rank, alpha, dropout, rslora).
+        rank_pattern, alpha_pattern: regex for the ending of a name -> another rank or alpha; the first that fits.
 
     Returns: the dotted names of the adapted layers, in module order. Read them: they say what will be trained.
-    Raises: LoRAError, with the model untouched, if a target or prefix matches nothing, a match is not an nn.Linear,
-        a setting is out of range, or the model already holds LoRA.
+    Raises: LoRAError, with the model untouched, if a name matches nothing, a match is not an nn.Linear, a setting is
+        out of range, or the model already holds LoRA.
 
-    Convert the base (`model.half()`) before this call, or the adapters go along; build the optimizer after it, from
-    `adapter_parameters(model)`: one built before holds the wrong parameters.
+    Convert the base (`model.half()`) before this call, or the adapters go along, and build the optimizer after it.
     """
-    plan, settings = _plan(model, targets, within), (rank, alpha, dropout, rslora)
-    check_plan(model, plan, settings)
-    return apply_plan(model, plan, settings, layer)
-
-
-def _plan(model: nn.Module, targets: str | Sequence[str], within: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """What `targets` and `within` pick out, in module order; each of their entries must pick something."""
-    # A lone string stands for a list of one: taken as a sequence it would be a list of letters.
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    prefixes = [within] if isinstance(within, str) else list(within or ())
-    plan: dict[str, nn.Module] = {}
-    idle = {*wanted, *prefixes}  # what is still in here at the end has matched nothing
-    for name, module in model.named_modules():
-        target = name.rpartition(".")[2]
-        inside = [prefix for prefix in prefixes if f"{name}.".startswith(f"{prefix}.")]
-        if target in wanted and (inside or within is None):
-            plan[name] = module
-            idle -= {target, *inside}
+    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+    prefixes = tuple(f"{prefix}." for prefix in ([within] if isinstance(within, str) else within or ()))
+    plan = make_plan(model, targets, (rank, alpha, dropout, rslora), exclude, ranks, alphas)
+    plan = {name: site for name, site in plan.items() if within is None or f"{name}.".startswith(prefixes)}
+    # Each entry must pick something: one that does not is a slip of the pen, and would pass unseen.
+    entries = [
+        *([] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets),
+        *ranks,
+        *alphas,
+    ]
+    idle = [entry for entry in entries if not any(picks(entry, name) for name in plan)]
+    idle += [prefix[:-1] for prefix in prefixes if not any(f"{name}.".startswith(prefix) for name in plan)]
     if idle or not plan:
-        what = f"{sorted(idle)} (targets {wanted}, within {within!r})"
+        what = f"{sorted(idle)} (targets {targets!r}, within {within!r})"
         raise LoRAError(f"nothing in {type(model).__name__} matches {what}: look into model.named_modules()")
+    check_plan(model, plan)
+    for name, (base, (r, *_)) in plan.items():
+        if r > (widest := min(base.weight.shape)):  # a valid layer, and one that buys nothing
+            raise LoRAError(f"{name}: rank is {r}, expected 1 to {widest}, the smaller width of the layer")
+    return apply_plan(model, plan, layer)
+
+
+def picks(entry: str | Sequence[str], name: str) -> bool:
+    """Whether a regular expression, or one of a list of names, is the ending of a dotted name, from dot to dot."""
+    endings = entry if isinstance(entry, str) else "|".join(map(re.escape, entry))
+    try:
+        return bool(endings) and re.fullmatch(rf"(.*\.)?({endings})", name) is not None
+    except re.error as error:
+        raise LoRAError(f"found {entry!r}, expected a list of names or a regex ({error})") from None
+
+
+def make_plan(model: nn.Module, targets: Any, settings: Settings, exclude: Any, ranks: Any, alphas: Any) -> Plan:
+    """What `targets` pick out, in module order, each with its settings. Arguments as in `inject`."""
+    plan: Plan = {}
+    rank, alpha, dropout, rslora = settings
+    for name, module in model.named_modules():
+        picked = isinstance(module, nn.Linear) if targets == "all-linear" else picks(targets, name)
+        if picked and not picks(exclude, name):
+            r = next((value for pattern, value in ranks.items() if picks(pattern, name)), rank)
+            a = next((value for pattern, value in alphas.items() if picks(pattern, name)), alpha)
+            plan[name] = (module, (r, a, dropout, rslora))
     return plan
 
 
-def check_plan(model: nn.Module, plan: Mapping[str, nn.Module], settings: Settings) -> None:
+def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raise LoRAError if the plan cannot be carried out to its end. Reads the model, changes nothing."""
     if present := lora_layers(model):
         raise LoRAError(f"the model already holds {len(present)} LoRA layers, expected none: remove or merge them")
-    _build(model, plan, lambda base: check_layer(base, *settings))
+    _build(model, plan, lambda site: check_layer(site[0], *site[1]))
 
 
-def apply_plan(
-    model: nn.Module, plan: Mapping[str, nn.Module], settings: Settings, layer: type[LoRALinear] = LoRALinear
-) -> list[str]:
+def apply_plan(model: nn.Module, plan: Plan, layer: type[LoRALinear] = LoRALinear) -> list[str]:
     """Carry out a plan that has been checked. Returns the names."""
-    new = _build(model, plan, lambda base: layer(base, *settings))
+    new = _build(model, plan, lambda site: layer(site[0], *site[1]))
     model.requires_grad_(False)  # embeddings, norms, temperature and all; the adapters come after and are trainable
-    return _place(model, plan, new)
+    return _place(model, new)
 
 
-def _build(model: nn.Module, layers: Mapping[str, Any], make: Callable[[Any], Any]) -> dict[nn.Module, Any]:
-    """Return layer -> make(layer), with the layer's name before errors. Nothing is placed yet."""
-    if model in layers.values():
+def _build(model: nn.Module, sites: Mapping[str, Any], make: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return name -> make(site), with the name before errors. Nothing is placed yet."""
+    if "" in sites:
         raise LoRAError("the model is itself the layer: use LoRALinear(layer), layer.base or merged(layer)")
     new = {}
-    for name, layer in layers.items():
+    for name, site in sites.items():
         try:
-            new[layer] = make(layer)
+            new[name] = make(site)
         except LoRAError as error:
             raise LoRAError(f"{name}: {error}") from None
     return new
 
 
-def _place(model: nn.Module, layers: Mapping[str, Any], new: Mapping[nn.Module, nn.Module]) -> list[str]:
-    """Put new[layer] in the place of each layer. Returns the names."""
+def _place(model: nn.Module, new: Mapping[str, nn.Module]) -> list[str]:
+    """Put each new layer in the place of the one of that name. Returns the names."""
     # Under all its names: a layer with two is one weight, used twice, and replaced under one it would become two.
+    instead = {model.get_submodule(name): layer for name, layer in new.items()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in new:
+        if module in instead:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new[module])
-    return list(layers)
+            setattr(model.get_submodule(parent), leaf, instead[module])
+    return list(new)
 
 
 def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALinear]:
@@ -123,16 +147,13 @@ def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALinea
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if required and not layers:
-        raise LoRAError(
-            f"{type(model).__name__} holds no LoRA layers: call inject(model) or load_adapter(model, folder)"
-        )
+        raise LoRAError(f"{type(model).__name__} holds no LoRA layers: call inject or load_adapter first")
     return layers
 
 
 def remove(model: nn.Module) -> list[str]:
     """Put the original layers back, the same objects, never written to; the model stays frozen. Returns the names."""
-    layers = lora_layers(model, required=True)
-    return _place(model, layers, _build(model, layers, lambda layer: layer.base))
+    return _place(model, _build(model, lora_layers(model, required=True), lambda layer: layer.base))
 
 
 def merge(model: nn.Module) -> list[str]:
@@ -140,16 +161,11 @@ def merge(model: nn.Module) -> list[str]:
 
     Returns the names. Raises LoRAError, with the model untouched, if `merged` refuses a layer.
     """
-    layers = lora_layers(model, required=True)
-    return _place(model, layers, _build(model, layers, merged))
+    return _place(model, _build(model, lora_layers(model, required=True), merged))
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Make the model use W + strength * scaling * B A in every adapted layer, without retraining anything.
-
-    Between 0 (the base) and 1 (as trained) this walks the straight line between the two sets of weights; a point on it
-    often keeps more of the base's old skill than 1 does. Raises LoRAError for a strength that is not finite.
-    """
+    """Make the model use W + strength * scaling * B A in every adapted layer, without retraining anything."""
     if not math.isfinite(strength):
         raise LoRAError(f"strength is {strength!r}, expected a finite number: 0 is the base model, 1 as trained")
     for layer in lora_layers(model, required=True).values():
@@ -170,15 +186,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every lora_A (r, in) and lora_B (out, r), each once, in module order: what belongs in the optimizer.
-
-    Of a subclass of LoRALinear also the parameters that it adds.
-    """
-    return [
-        parameter
-        for layer in lora_layers(model, required=True).values()
-        for parameter in own_parameters(layer).values()
-    ]
+    """Every lora_A and lora_B, and what a subclass adds, each once, in module order: for the optimizer."""
+    return [p for layer in lora_layers(model, required=True).values() for p in own_parameters(layer).values()]
 
 
 def own_parameters(layer: LoRALinear) -> dict[str, nn.Parameter]:
@@ -187,15 +196,13 @@ def own_parameters(layer: LoRALinear) -> dict[str, nn.Parameter]:
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of parameters."""
-
     trainable: int  # with requires_grad
     total: int  # of the base model, adapters not included
     percent: float  # 100 * trainable / total
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count parameters, shared ones once; the total is the one that the base model's own paper reports.
+    """Count parameters, shared ones once.
 
     CLIP ViT-B/32 with r = 8 on q_proj and v_proj of both towers: trainable 491,520, total 151,277,313, percent 0.32.
     """

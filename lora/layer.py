@@ -43,7 +43,7 @@ Why does inference cost nothing extra?  W + scaling * B A has the shape of W; se
 
 import copy
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class LoRALinear(nn.Module):
 
     Args:
         base: the pretrained layer, weight (out, in). It is kept as `.base`, frozen, and otherwise never written to.
-        rank, alpha: r, from 1 to min(in, out), and the numerator of the scaling, finite and above 0.
+        rank, alpha: r, 1 or more, and the numerator of the scaling, finite and above 0.
         dropout: probability, in [0, 1), of dropping an input of the branch. The base path sees x undisturbed:
             dropping there would change the pretrained function itself.
         rslora: scaling = alpha / sqrt(r) instead of alpha / r.
@@ -107,12 +107,16 @@ class LoRALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """strength * scaling * B A, the whole correction as one matrix, (out, in) in fp32 (fp64 after `.double()`)."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         if self.strength == 0:
-            return torch.zeros_like(self.base.weight, dtype=dtype)
+            return torch.zeros_like(wide(self.base.weight))
         # Under autocast even an fp32 matmul is done in half precision, which is not what a merge should be made of.
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.strength * self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+            return self.strength * self.scaling * (wide(self.lora_B) @ wide(self.lora_A))
+
+    def __getattr__(self, name: str) -> Any:  # called for what is not there
+        if name in ("weight", "bias"):  # some modules of torch take them and never call the layer
+            raise AttributeError(f"LoRALinear has no {name}, which would skip the adapter: merge, or read .base.{name}")
+        return super().__getattr__(name)
 
     @property
     def in_features(self) -> int:
@@ -126,6 +130,11 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling}, dropout={self.dropout}, strength={self.strength}"
 
 
+def wide(x: Tensor) -> Tensor:
+    """The tensor in fp32, or in fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.no_grad()
 def merged(layer: LoRALinear) -> nn.Linear:
     """One plain nn.Linear that computes what `layer` computes (in eval mode): weight W + strength * scaling * B A.
@@ -135,7 +144,7 @@ def merged(layer: LoRALinear) -> nn.Linear:
     training, and in floating point W + D - D is not W. To get the base back, keep the LoRALinear.
 
     The sum is taken in fp32 and cast once to the base's dtype. That rounding is all that differs from the unmerged
-    layer, but bf16 keeps 8 significant bits of W + B A, so what is finer than W / 256 is lost; an fp32 base keeps it.
+    layer, but bf16 keeps 8 significant bits of W + B A: what is finer than W / 256 is lost.
 
     Returns: a frozen nn.Linear (in -> out) with its own copies, on the base's device, in its dtype and training mode.
     Raises: LoRAError if the layer's forward is not W x + b + delta_weight() x, as in a subclass or after an edit; and
@@ -159,22 +168,22 @@ def _check_merge(layer: LoRALinear) -> None:
         expected = F.linear(x, exact.base.weight + exact.delta_weight(), exact.base.bias)
         difference = (exact(x) - expected).norm() / expected.norm().clamp(min=1e-30)
     if not difference < 1e-4:
-        raise LoRAError(
-            f"found a {type(layer).__name__} whose forward differs from W x + b + delta_weight() x by {difference:.1e} "
-            "of its norm, expected them equal: override delta_weight to match forward, or leave this layer unmerged"
+        found = (
+            f"found a {type(layer).__name__} whose forward differs from W x + b + delta_weight() x by {difference:.1e}"
         )
+        raise LoRAError(f"{found} of its norm: override delta_weight to match forward, or leave this layer unmerged")
 
 
 def check_layer(base: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
     """Refuse what LoRALinear cannot be built from, without building it (injection asks first and acts later)."""
     # A subclass may compute something else, and that inside nn.MultiheadAttention is read but never called.
     if type(base) is not nn.Linear:
-        raise LoRAError(f"found {type(base).__name__}, expected nn.Linear and no subclass: choose a layer that is one")
+        kind = type(base).__name__ if type(base).__name__ != "Linear" else f"{type(base).__module__}.Linear"
+        raise LoRAError(f"found {kind}, expected nn.Linear and no subclass: choose a layer that is one")
     if not base.weight.is_floating_point():
         raise LoRAError(f"found a quantised weight ({base.weight.dtype}), expected a float: load the base unquantised")
-    widest = min(base.in_features, base.out_features)
-    if type(rank) is not int or not 1 <= rank <= widest:
-        raise LoRAError(f"rank is {rank!r}, expected a whole number from 1 to {widest}, the smaller width of the layer")
+    if type(rank) is not int or rank < 1:
+        raise LoRAError(f"rank is {rank!r}, expected a whole number of 1 or more: 8 is a usual choice")
     if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
         raise LoRAError(f"alpha is {alpha!r}, expected a finite number above 0: a usual choice is 2 * rank")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:

@@ -5,16 +5,16 @@
         adapter_model.safetensors   base_model.model.<dotted name>.lora_A.weight  (r, in)
                                     base_model.model.<dotted name>.lora_B.weight  (out, r)
 
-A few megabytes that mean nothing without their base model, and that go wrong in silence if loaded leniently: when the
-names do not match, a non-strict load leaves every B at zero and the "adapted" model is the base. So loading is strict.
-Config and model together say which tensors there must be, and the file must hold exactly those; a config field that
-changes the mathematics is understood or refused by name; all of it before the model is touched. And nothing is
+Loaded leniently it goes wrong in silence: where names differ, each B stays zero and the "adapted" model is the base. So
+loading is strict. Config and model together say which tensors there must be, and the file must hold exactly those; a
+field that changes the mathematics is understood or refused by name; all before the model is touched. And nothing is
 unpickled: a pickle can run code, a safetensors file only holds numbers.
 """
 
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,16 +25,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .inject import apply_plan, check_plan, lora_layers, own_parameters
+from .inject import Plan, apply_plan, check_plan, lora_layers, make_plan, own_parameters
 from .layer import LoRAError, LoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 # The fields of PEFT's LoraConfig that are acted on here, with their values where absent; those that are mere notes (the
-# last three PEFT reads only if others ask for it); and harmless values of some more. How A and B began does not matter
-# once they are trained, but for schemes (PiSSA, OLoRA, ...) that alter W too. Anything else is refused unless empty: no
-# feature invented tomorrow can be overlooked.
-USED = {"r": None, "lora_alpha": None, "target_modules": None, "lora_dropout": 0.0, "use_rslora": False}
+# last three PEFT reads only if others ask for it); and harmless values of some more: how A and B began does not matter,
+# but for schemes (PiSSA, OLoRA, ...) that alter W too. Anything else is refused unless empty, tomorrow's fields too.
+USED: dict[str, Any] = {"r": None, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False}
+SELECTION = "target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern".split()
+USED |= dict.fromkeys(SELECTION)
 NOTES = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 NOTES |= {"megatron_core", "qalora_group_size", "eva_config"}
 INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -45,30 +46,37 @@ EMPTY: tuple[object, ...] = (None, False, "", [], {})
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base_model: str | None = None) -> None:
     """Write the adapters of `model` into `folder`, which is made if need be; other files in it are left alone.
 
-    Writes: A (r, in) and B (out, r) of every adapted layer in fp32, the settings that all layers share, and the name of
-        the base model, for instance "openai/clip-vit-base-patch32", as a note.
+    Writes: A (r, in) and B (out, r) of every adapted layer in fp32, the settings, with a pattern for each layer whose
+        rank or alpha is not the most frequent one, and the name of the base model, for instance
+        "openai/clip-vit-base-patch32", as a note.
     Raises: LoRAError if there is no LoRA, the model is wrapped (its names would be the wrapper's), a tensor is not
-        finite, a strength is not 1, layers built by hand differ in class, rank, alpha, dropout or rslora, or their
-        class is a subclass of LoRALinear that does not state how PEFT's file holds it.
+        finite, a strength is not 1, layers built by hand differ in class, dropout or rslora, or their class is a
+        subclass of LoRALinear that does not state how PEFT's file holds it.
     """
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         raise LoRAError(f"found a {type(model).__name__}, expected the model inside: pass its ._orig_mod or .module")
     layers = lora_layers(model, required=True)
-    found = sorted({(x.rank, x.alpha, x.dropout, x.rslora, x.strength) for x in layers.values()})
-    rank, alpha, dropout, rslora, strength = found[0]
+    found = sorted({(x.dropout, x.rslora, x.strength) for x in layers.values()})
+    dropout, rslora, strength = found[0]
     kind = _check_kind(layers)
     if len(found) > 1 or strength != 1:
-        what = f"(rank, alpha, dropout, rslora, strength) = {found}"
+        what = f"(dropout, rslora, strength) = {found}"
         raise LoRAError(f"found {what}, expected one set for all layers, with strength 1: the file holds no more")
     names, leaves = list(layers), sorted({name.rpartition(".")[2] for name in layers})
+    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    # Last names, if they select these layers and no other; else a regex of the full names, which always does.
+    by_leaf = list(_plan(model, USED | {"target_modules": leaves})) == names
     config = kind.peft_fields | {
         "base_model_name_or_path": base_model,
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "use_rslora": rslora,
-        # Last names, if they select these layers and no other; else a regex of the full names, which always does.
-        "target_modules": leaves if list(_select(model, leaves)) == names else "|".join(map(re.escape, names)),
+        "target_modules": leaves if by_leaf else _exactly(*names),
+        "rank_pattern": {_exactly(name): x.rank for name, x in layers.items() if x.rank != rank},
+        "alpha_pattern": {_exactly(name): x.alpha for name, x in layers.items() if x.alpha != alpha},
     }
     parameters = _tensors(layers)
     tensors = {key: parameter.detach().float().cpu().contiguous() for key, parameter in parameters.items()}
@@ -83,19 +91,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     fp16 and bf16 tensors are read into fp32 parameters, trainable, with the file's dropout.
 
     Returns: the dotted names of the adapted layers, in module order.
-    Raises: LoRAError, with the model untouched, if a file is missing, damaged or a pickle; if the config asks for
-        something not implemented here; if the model holds LoRA already or is not the adapter's; and for any tensor
-        that is missing, unexpected, misshapen, of a non-float type or not finite.
+    Raises: LoRAError, with the model untouched, if a file is missing, damaged or a pickle; the config asks for what is
+        not implemented here; the model holds LoRA already; or a tensor is missing, unexpected, misshapen or not finite.
     """
     config, tensors, kind = _read(Path(folder))
-    settings = (config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"])
-    plan: dict[str, Any] = _select(model, config["target_modules"])
-    check_plan(model, plan, settings)
+    plan = _plan(model, config)
+    check_plan(model, plan)
     # Layers without memory (device "meta") tell which tensors the file must hold before the model is touched.
-    blank = {name: nn.Linear(base.in_features, base.out_features, device="meta") for name, base in plan.items()}
-    expected = _tensors({name: kind(base, *settings) for name, base in blank.items()})
+    blank = {name: nn.Linear(base.in_features, base.out_features, device="meta") for name, (base, _) in plan.items()}
+    expected = _tensors({name: kind(blank[name], *settings) for name, (_, settings) in plan.items()})
     _check_tensors(tensors, {key: tuple(parameter.shape) for key, parameter in expected.items()})
-    names = apply_plan(model, plan, settings, kind)
+    names = apply_plan(model, plan, kind)
     with torch.no_grad():
         for key, parameter in _tensors(lora_layers(model, required=True)).items():
             parameter.copy_(tensors[key])
@@ -104,6 +110,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], type[LoRALinear]]:
     """Config, tensors and layer class, with every field of the config either used or known not to matter."""
+    inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+    if inside and not (folder / CONFIG_FILE).is_file():
+        raise LoRAError(f"{folder} holds no adapter, but its folders {', '.join(inside)} do: name one of them")
     try:
         config = {"peft_type": None} | USED | json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -122,9 +131,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], type[LoRALin
     for field, value in config.items():  # peft_type comes first: it explains all the rest
         known = (field, value) in kind.peft_fields.items() or field in USED or field in NOTES
         if not known and value not in HARMLESS.get(field, EMPTY):
-            raise LoRAError(
-                f"{folder} asks for {field} = {value!r}: load it with PEFT, or import its layer class first"
-            )
+            raise LoRAError(f"{folder} asks for {field} = {value!r}: load it by PEFT, or import its layer class first")
     return config, tensors, kind
 
 
@@ -135,29 +142,38 @@ def _check_kind(layers: Mapping[str, LoRALinear]) -> type[LoRALinear]:
     own = {name for layer in layers.values() for name in own_parameters(layer)}
     if kinds:
         raise LoRAError(f"found layers of the classes {kind.__name__} and {kinds.pop().__name__}, expected one class")
-    if "peft_fields" not in vars(kind):
-        raise LoRAError(
-            f"found {kind.__name__}, a subclass of LoRALinear, expected a class that states `peft_fields`: PEFT would "
-            "load its file as plain LoRA. For a method of PEFT state the fields of its config and `peft_tensors`, "
-            f"for another one peft_fields = {{'peft_type': '{kind.__name__.upper()}'}}, which PEFT refuses by that name"
-        )
+    if "peft_fields" not in vars(kind):  # PEFT would take its file for plain LoRA
+        method = f"those of its method, or {{'peft_type': '{kind.__name__.upper()}'}}, which PEFT refuses by that name"
+        raise LoRAError(f"found {kind.__name__}, a subclass of LoRALinear, expected `peft_fields`: {method}")
     if own != kind.peft_tensors.keys():
-        raise LoRAError(
-            f"found {kind.__name__} with the parameters {sorted(own)}, expected {sorted(kind.peft_tensors)}: state the "
-            "tensor in PEFT's file of each of them in `peft_tensors`"
-        )
+        named = f"{sorted(own)}, expected those that `peft_tensors` names: {sorted(kind.peft_tensors)}"
+        raise LoRAError(f"found {kind.__name__} with the parameters {named}")
     return kind
 
 
-def _select(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
-    """What `target_modules` mean to PEFT: a string is a regex for whole names, a list holds dotted endings of names."""
+def _plan(model: nn.Module, config: Mapping[str, Any]) -> Plan:
+    """The layers that a config of PEFT selects, with their settings; LoRAError where a field cannot be understood."""
+    settings = (config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"])
+    targets, numbers = config["target_modules"], config["layers_to_transform"]
     try:
-        regex = targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{re.escape(end)}" for end in targets)
         if not targets:
             raise TypeError("it selects nothing")
-        return {name: module for name, module in model.named_modules() if re.fullmatch(regex, name)}
-    except (re.error, TypeError) as error:
-        raise LoRAError(f"target_modules is {targets!r}, expected a list of names or a regex ({error})") from None
+        patterns = (config["rank_pattern"] or {}, config["alpha_pattern"] or {})
+        plan = make_plan(model, targets, settings, config["exclude_modules"] or (), *patterns)
+        if numbers is None or numbers == []:
+            return plan
+        names, wanted = config["layers_pattern"] or r"[^.]*", [numbers] if isinstance(numbers, int) else list(numbers)
+        before = names if isinstance(names, str) else "|".join(names)  # the number of the layer; in PEFT's default any
+        found = {name: re.match(rf".*\.(?:{before})\.(\d+)\.", name) for name in plan}
+        return {name: plan[name] for name, match in found.items() if match and int(match[1]) in wanted}
+    except (re.error, TypeError, AttributeError) as error:
+        fields = {field: config[field] for field in SELECTION if config[field] not in EMPTY}
+        raise LoRAError(f"found {fields}, expected target_modules, all as PEFT writes them ({error})") from None
+
+
+def _exactly(*names: str) -> str:
+    """A regular expression for these dotted names, and for no longer ones that end like them."""
+    return "|".join("^" + re.escape(name) for name in names)
 
 
 def _tensors(layers: Mapping[str, LoRALinear]) -> dict[str, nn.Parameter]:
@@ -185,11 +201,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, object]) 
 
 
 def _write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files beside their places and only then move each into its own, in the order given.
+    """Write all files beside their places and only then move each into its own: a save cut short leaves the old ones.
 
-    A save cut short (disk full, machine lost) leaves the old adapter. Two files cannot be moved as one, hence the
-    order, config last. In a new folder, the config is then the sign of a complete save; in an old one, the instant
-    between holds new weights under the old config, which is the same text throughout one training run.
+    Config last: in a new folder it is the sign of a complete save, and during a training run its text stays the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".saving-", dir=folder) as part:

@@ -108,6 +108,34 @@ def test_within_is_a_dotted_prefix(net: Net) -> None:
     assert inject(net, "q_proj", within=["vision2", "vision.1"], rank=2) == ["vision.1.q_proj", "vision2.0.q_proj"]
 
 
+def test_ways_to_name_layers(net: Net) -> None:
+    """Catches a regular expression compared with the last name only, or without the dot before it; "all-linear" without
+    a layer; an `exclude` that does nothing."""
+    ways: dict[str, tuple[object, object, list[str]]] = {
+        "dotted endings": (["0.q_proj", "1.v_proj"], (), ["vision.0.q_proj", "vision.1.v_proj", "vision2.0.q_proj"]),
+        "a regex": (
+            r"vision\.\d\.q_proj(_2)?",
+            (),
+            [f"vision.{i}.{q}" for i in (0, 1) for q in ("q_proj", "q_proj_2")],
+        ),
+        "without some": ("[qv]_proj", ["v_proj", "1.q_proj"], ["vision.0.q_proj", "vision2.0.q_proj"]),
+        "without a regex": (["q_proj", "v_proj"], r"vision\..*", ["vision2.0.q_proj", "vision2.0.v_proj"]),
+        "all": ("all-linear", "vision.*mq?_.*", [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]),
+    }
+    for way, (targets, exclude, expected) in ways.items():
+        names = inject(net, targets, rank=2, exclude=exclude)  # type: ignore[arg-type]
+        assert names == [name for name in expected if way != "all" or "mq_proj" not in name], way
+        remove(net)
+
+
+def test_patterns_give_single_layers_another_rank(net: Net) -> None:
+    """Catches a pattern that is ignored, compared as a substring, or outdone by a later one that fits as well."""
+    names = inject(net, rank=2, alpha=4, rank_pattern={r"1\.q_proj": 5, "q_proj": 3}, alpha_pattern={"vision2.*": 9})
+    layers = {name: lora_layer(net, name) for name in names}
+    assert [layer.rank for layer in layers.values()] == [3, 2, 5, 2, 3, 2]
+    assert [layer.alpha for layer in layers.values()] == [4, 4, 4, 4, 9, 9]
+
+
 def test_identity_and_settings_after_injection(net: Net) -> None:
     """Catches an injection that changes the output of the model, or drops one of its arguments."""
     before = net(X)
@@ -145,7 +173,11 @@ def test_a_layer_with_two_names_stays_one_layer() -> None:
         ({"targets": []}, "matches"),
         ({"targets": ["q_proj", "k_proj"]}, "k_proj"),
         ({"targets": ["q_proj", "norm"]}, "vision.0.norm.*LayerNorm"),
-        ({"targets": ["0.q_proj"]}, "0.q_proj"),
+        ({"targets": ["7.q_proj"]}, "7.q_proj"),
+        ({"targets": "(q_proj"}, "a regex"),
+        ({"rank_pattern": {"k_proj": 4}}, "k_proj"),
+        ({"rank_pattern": {"0.q_proj": 9}}, "rank is 9.*1 to 8"),
+        ({"exclude": ["q_proj", "v_proj"]}, "q_proj"),
         ({"within": "text"}, "text"),
         ({"within": ["vision", "visio"]}, "visio'"),
         ({"within": ["vision", "vision.0.norm"]}, "vision.0.norm"),

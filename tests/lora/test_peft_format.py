@@ -151,8 +151,8 @@ def test_targets_that_need_more_than_leaf_names(tmp_path: Path) -> None:
     save_adapter(tail, tmp_path / "tail")
     targets = {f: json.loads((tmp_path / f / CONFIG).read_text())["target_modules"] for f in ("leaf", "path", "tail")}
     assert targets["leaf"] == ["q_proj", "v_proj"]
-    assert targets["path"] == "|".join(rf"vision\.{i}\.{p}_proj" for i in (0, 1) for p in "qv")
-    assert targets["tail"] == "fc"  # as a list, ["fc"] would mean x.fc as well
+    assert targets["path"] == "|".join(rf"^vision\.{i}\.{p}_proj" for i in (0, 1) for p in "qv")
+    assert targets["tail"] == "^fc"  # as a list, ["fc"] would mean x.fc as well
     assert load_adapter(make(), tmp_path / "path") == [f"vision.{i}.{p}_proj" for i in (0, 1) for p in "qv"]
 
 
@@ -165,6 +165,8 @@ def test_the_files_are_those_of_peft(folder: Path) -> None:
     assert config == {
         "peft_type": "LORA", "r": 2, "lora_alpha": 3.0, "lora_dropout": 0.0, "use_rslora": False,
         "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "some/model",
+        "auto_mapping": {"base_model_class": "Net", "parent_library": __name__},
+        "rank_pattern": {}, "alpha_pattern": {},
     }  # fmt: skip
 
 
@@ -206,9 +208,11 @@ def test_loading_keeps_mode_and_base(folder: Path, training: bool) -> None:
         ({"modules_to_save": ["classifier"]}, "modules_to_save"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": [0]}, "12 tensors.*expected none"),
         ({"layers_to_transform": 0.5}, "layers_to_transform"),
-        ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern.*missing"),
+        ({"exclude_modules": ["v_proj"]}, "v_proj.*expected none"),
+        ({"exclude_modules": 3}, "exclude_modules"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -225,14 +229,17 @@ def test_loading_keeps_mode_and_base(folder: Path, training: bool) -> None:
         ({"lora_alpha": "DELETE"}, "alpha is None"),
         ({"use_rslora": "false"}, "rslora is 'false'"),
         ({"lora_dropout": 1.5}, "dropout is 1.5"),
-        ({"target_modules": None}, "target_modules is None"),
+        ({"target_modules": None}, "expected target_modules.*selects nothing"),
         ({"target_modules": ["k_proj"]}, "12 tensors.*q_proj.*expected none"),
         ({"target_modules": "(q_proj"}, "a regex \\(missing"),
         ({"target_modules": ["vision"]}, "vision: found Sequential"),
         ({"target_modules": ["q_proj"]}, "6 tensors.*v_proj.*found.*expected none"),
         ({"target_modules": ["q_proj", "v_proj", "out"]}, "out.lora_A.weight found none, expected"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 4}}, "q_proj.lora_A.weight found \\(2, 8\\), expected \\(4, 8\\)"),
+        ({"rank_pattern": {"q_proj": "4"}}, "q_proj: rank is '4'"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 0}}, "q_proj: alpha is 0"),
+        ({"alpha_pattern": {"(q_proj": 4}}, "a regex \\(missing"),
     ],
 )
 def test_configs_that_are_refused(folder: Path, fields: dict[str, Any], says: str) -> None:
