@@ -149,7 +149,8 @@ def load_run(
     adapter = _find_adapter(run)
     model = read_json(adapter / PROVENANCE).get("model", {})
     revision = None if base else model.get("revision")
-    base = base or read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    named = model if model.get("base") == "tiny-clip" else {}  # an exported adapter names its folder instead, for PEFT
+    base = base or named.get("base") or read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter / CONFIG_FILE} names no base model. Name it by --base.")
     clip = load_clip(base, device, dtype, revision, encoder)

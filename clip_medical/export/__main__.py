@@ -22,9 +22,9 @@ from clip_medical.errors import UserError
 from clip_medical.export.card import REPOSITORY, model_card
 from clip_medical.export.merged import write_merged
 from clip_medical.export.onnx import write_onnx
-from clip_medical.model import Clip
+from clip_medical.model import TINY, Clip
 from clip_medical.run_folder import ADAPTER_FILES, HUB_ID, PROVENANCE, load_run, make_folder, read_json, write_text
-from lora.peft_format import WEIGHTS_FILE
+from lora.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
 
 def copy_adapter(clip: Clip, adapter: Path, folder: Path, dtype: torch.dtype) -> list[str]:
@@ -32,6 +32,9 @@ def copy_adapter(clip: Clip, adapter: Path, folder: Path, dtype: torch.dtype) ->
     for file in adapter.iterdir():
         if file.name in ADAPTER_FILES:
             shutil.copyfile(file, folder / file.name)
+    if clip.name == "tiny-clip":  # which PEFT does not know; it looks for paths from where it runs
+        config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": os.path.relpath(TINY)}
+        write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     return []
 
 
@@ -85,6 +88,12 @@ def run(options: Export) -> int:
     elif options.push is None or read_json(folder / PROVENANCE) != provenance:
         raise UserError(f"{folder} exists and will not be overwritten. Remove it, or choose another --output.")
     if options.push is not None:
+        base = report["model"]["base"]
+        if options.to == "adapter" and (base == "tiny-clip" or Path(base).is_dir()):
+            raise UserError(
+                f"The base model {base} is not on the Hub, so nobody else could load this adapter. Push the whole "
+                "model with --to merged, or train from a base on the Hub."
+            )
         push(folder, options.push, options.yes)
     return 0
 

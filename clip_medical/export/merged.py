@@ -23,6 +23,9 @@ def write_merged(clip: Clip, adapter: Path, folder: Path, dtype: torch.dtype) ->
     merge_error = (sample_features(clip) - unmerged).abs().max().item()
     if not merge_error < TOLERANCE:  # "not <" also refuses NaN
         raise RuntimeError(f"The merge changed features by {merge_error:.1e}, expected less than {TOLERANCE:.0e}.")
+    for part in (clip.model.config.text_config, clip.model.config.vision_config):
+        # else CLIPTextModelWithProjection would read those of the base, or defaults
+        part.dtype, part.projection_dim = str(dtype).removeprefix("torch."), clip.model.config.projection_dim
     clip.model.to(dtype).save_pretrained(folder)
     clip.processor.tokenizer.save_pretrained(folder)
     clip.processor.image_processor.save_pretrained(folder)

@@ -70,7 +70,7 @@ def test_the_snippet_runs(
 ) -> None:
     """Catches a missing import, a folder without tokenizer, image processor or temperature, and other probabilities."""
     folder = exported(to)
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    code, *others = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: name)
     monkeypatch.chdir(tmp_path)
     IMAGES[0].save("image.png")
@@ -82,3 +82,7 @@ def test_the_snippet_runs(
     monkeypatch.setattr(adapted, "calibration", calibration)
     expected = adapted.classify(IMAGES[0], ["X-ray of the chest", "CT of the head"])
     assert probabilities == pytest.approx(expected, abs=1e-4)
+    for other in others:  # the adapter in PEFT
+        names: dict[str, Any] = {}
+        exec(other.replace("user/name", str(folder)), names)
+        assert any("lora_A" in name for name, _ in names["model"].named_parameters())

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 
 from clip_medical import load_clip
 from clip_medical.export import __main__ as export
@@ -37,6 +43,13 @@ def test_fp16_is_cast_once_after_the_merge(exported: Callable[..., Path], adapte
     assert 0 < difference < 1e-2
     match = re.search(r"float16 and reloaded, they differ by at most (\S+),", (folder / "README.md").read_text())
     assert match and difference / 10 < float(match[1]) < difference * 10
+
+
+def test_parts_of_the_model_load_in_the_dtype_of_the_export(exported: Callable[..., Path]) -> None:
+    """Catches the dtype of the base in the configurations of the towers, by which an fp32 export loads as fp16."""
+    for flags, dtype in (([], torch.float32), (["--dtype", "fp16"], torch.float16)):
+        for part in (CLIPTextModel, CLIPVisionModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection):
+            assert part.from_pretrained(exported("merged", *flags)).dtype == dtype
 
 
 class TanhLoRA(LoRALinear):

@@ -41,9 +41,9 @@ def test_a_missing_network_is_one_line(
     run: Path, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a traceback of the HTTP library, whose errors are not OSErrors. No server listens on port 9."""
-    assert exported("adapter").is_dir()
+    assert exported("merged").is_dir()
     monkeypatch.setattr(export, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
-    assert command("--run", run, "--to", "adapter", "--push", "me/chest", "--yes") == 2
+    assert command("--run", run, "--to", "merged", "--push", "me/chest", "--yes") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("export: Upload to me/chest failed") and "network" in line
 
@@ -52,13 +52,19 @@ def test_only_an_export_of_the_current_adapter_is_pushed(
     run: Path, exported: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Catches a push of an unrelated or outdated folder, such as an export made before the adapter changed."""
-    shutil.copytree(exported("adapter"), tmp_path / "old")
+    shutil.copytree(exported("merged"), tmp_path / "old")
     flags = ["--run", run, "--output", tmp_path / "old", "--push", "me/chest"]
-    assert command(*flags, "--to", "adapter") == 0
-    assert command(*flags, "--to", "merged") == 2
+    assert command(*flags, "--to", "merged") == 0
+    assert command(*flags, "--to", "merged", "--dtype", "fp16") == 2
     facts = json.loads((tmp_path / "old" / "provenance.json").read_text())
     edit(tmp_path / "old" / "provenance.json", export=facts["export"] | {"adapter": "0" * 64})
-    assert command(*flags, "--to", "adapter") == 2
+    assert command(*flags, "--to", "merged") == 2
+
+
+def test_an_adapter_whose_base_nobody_else_has_is_not_pushed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an adapter on the Hub that names a folder of this machine as its base."""
+    assert command("--run", run, "--to", "adapter", "--output", run / "export" / "local", "--push", "me/chest") == 2
+    assert "not on the Hub" in capsys.readouterr().err
 
 
 UPLOAD_AND_LOAD = """
@@ -82,20 +88,32 @@ print(json.dumps([codes, clip.classify(Image.open(os.environ["IMAGE"]), json.loa
 
 
 @pytest.mark.slow
-def test_an_uploaded_adapter_loads_by_its_name(
-    run: Path, exported: Callable[..., Path], adapted: Clip, tmp_path: Path
-) -> None:
+def test_an_uploaded_adapter_loads_by_its_name(run: Path, adapted: Clip, tmp_path: Path) -> None:
     """Catches a broken upload, a public repository, and a traceback where the login is missing.
 
     A subprocess with its own HF_HOME pushes without a token, pushes twice with one, and loads the adapter.
     """
-    folder = exported("adapter")
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    report = json.loads((run / "report.json").read_text())
+    edit(tmp_path / "run" / "report.json", model=report["model"] | {"base": "me/base"})  # as if it were on the Hub
+    folder = tmp_path / "run" / "export" / "adapter"
     IMAGES[0].save(tmp_path / "image.png")
     hub = UploadHub(tmp_path / "hub")
     with hub:
         variables = {"IMAGE": str(tmp_path / "image.png"), "LABELS": json.dumps(LABELS)}
         process = subprocess.run(
-            [sys.executable, "-c", UPLOAD_AND_LOAD, "--run", run, "--to", "adapter", "--push", "me/chest", "--yes"],
+            [
+                sys.executable,
+                "-c",
+                UPLOAD_AND_LOAD,
+                "--run",
+                tmp_path / "run",
+                "--to",
+                "adapter",
+                "--push",
+                "me/chest",
+                "--yes",
+            ],
             env=hub.environment(tmp_path / "home") | variables,
             cwd=Path(clip_medical.__file__).parent.parent,
             capture_output=True,
