@@ -4,7 +4,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast bench notebooks mutants lint check clean
+.PHONY: help demo app test test-fast bench notebooks mutants lint check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -18,7 +18,10 @@ $(READY): pyproject.toml
 demo: $(READY)  ## adapt the bundled CLIP to synthetic radiology images and report, about 6 minutes on 2 slow cores
 	$(RUN) train.py
 
-test: $(READY)  ## all tests, the slow ones included
+app: $(READY)  ## a page in the browser to try the demo's run, or without it the bundled CLIP
+	$(RUN) -m experiments.app
+
+test: $(READY)  ## all tests, about 20 minutes on 2 cores
 	$(RUN) -m pytest
 
 test-fast: $(READY)  ## the tests that are not marked slow, about 4 minutes on 2 cores
