@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from clip_medical import cli
-from clip_medical.config import Config, choose
+from clip_medical.config import Config, parse
 from clip_medical.data.batches import Pairs, prepare
 from clip_medical.data.dataset import Data, data_fingerprint, load_data
 from clip_medical.errors import UserError
@@ -152,12 +152,6 @@ def report(trainer: Trainer, kept_back: Pairs | None, facts: dict[str, Any]) -> 
     if trainer.best.step:
         print(f"Adapter  {facts['training']['adapter']}")
     print(f"Saved    {folder}: report.md, figures/, adapter/ in PEFT's layout (features read back: {difference:.0e})")
-
-
-def parse(arguments: list[str]) -> tuple[str, Config]:
-    """Preset and configuration from the command line."""
-    preset, base, flags = choose(arguments)
-    return preset, cli.parse(Config, flags, f"python train.py {preset}", base)
 
 
 def start() -> int:

@@ -1,12 +1,13 @@
 """All settings of a training run in one frozen dataclass; the presets `demo` and `roco` are two values of it.
 
-The defaults suit images of your own: `choose` takes them where --data is given without a preset. The command line is
+The defaults suit images of your own: `parse` takes them where --data is given without a preset. The command line is
 generated from this file: each field is a flag, its type is checked, and the comment above it is its help.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from clip_medical import cli
 from clip_medical.errors import UserError
 
 
@@ -101,8 +102,6 @@ class Config:
     checkpointing: Literal["auto", "on", "off"] = "auto"
     # Measure recall on the validation pairs every this many steps and keep the best adapter; default: the last.
     validate_every: int | None = None
-    # Write the training curves for TensorBoard too, into OUTPUT/tensorboard.
-    tensorboard: bool = False
     # Minutes between two checkpoints for --resume; one is also written on Ctrl-C.
     checkpoint_every_minutes: float = 5.0
     # Steps between two checkpoints, in addition to those by the minute; default: none.
@@ -143,7 +142,7 @@ class Config:
 
 RESUME_MAY_CHANGE = frozenset(
     ("resume", "output", "chunk_size", "checkpointing", "checkpoint_every_minutes", "checkpoint_every_steps")
-    + ("tensorboard", "encoder", "precision")  # the trainer compares the dtype that precision resolves to
+    + ("encoder", "precision")  # the trainer compares the dtype that precision resolves to
     # the trainer compares the content of data and base model, which may lie elsewhere now
     + ("data", "revision", "model", "image_root", "image_column", "caption_column", "group_column", "template")
 )
@@ -168,11 +167,11 @@ PRESETS = {
 }
 
 
-def choose(arguments: list[str]) -> tuple[str, Config, list[str]]:
-    """Split the command line into the preset, the configuration to start from, and the flags that change it."""
+def parse(arguments: list[str]) -> tuple[str, Config]:
+    """Read the command line of train.py: a preset, and flags that change it -> (name of the preset, configuration)."""
     named = bool(arguments) and not arguments[0].startswith("-")
     preset, flags = (arguments[0], arguments[1:]) if named else ("demo", arguments)
     if preset not in PRESETS:
         raise UserError(f"Found no preset {preset!r}, expected one of {', '.join(PRESETS)} or a flag.")
     own = not named and any(flag.split("=")[0] == "--data" for flag in flags)
-    return preset, Config() if own else PRESETS[preset], flags
+    return preset, cli.parse(Config, flags, f"python train.py {preset}", Config() if own else PRESETS[preset])

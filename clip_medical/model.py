@@ -97,22 +97,19 @@ class Clip:
             for name, m in self.model.named_modules()
             if not name.endswith("activation_fn")
         ]  # fmt: skip
-        if self._choice is None or sample is not None or structure != self._chosen_for:
-            self._choice = choose_encoder(self.model, self.requested_encoder, sample or self._random_sample())
-            self._chosen_for = structure
+        if self._choice is not None and sample is None and structure == self._chosen_for:
+            return self._choice
+        if sample is None:  # noise images and random captions of all lengths, two of them equal; all share a start
+            generator, p = torch.Generator().manual_seed(0), self.processor
+            size, context, end = p.image_size, p.context_length, p.tokenizer.eos_token_id
+            words = min(cast(Any, self.model.config).text_config.vocab_size, end)
+            ids = torch.randint(0, words, (7, context), generator=generator)
+            ids[:, 0], lengths = ids[0, 0], torch.linspace(2, context, 7).long()
+            ids = ids.where(torch.arange(context) < lengths[:, None] - 1, end)
+            noise = torch.randn(2, 3, size, size, generator=generator).to(self.device)
+            sample = Sample(noise, torch.cat([ids, ids[3:4]]), torch.cat([lengths, lengths[3:4]]))
+        self._choice, self._chosen_for = choose_encoder(self.model, self.requested_encoder, sample), structure
         return self._choice
-
-    def _random_sample(self) -> Sample:
-        """Noise images and random captions of all lengths, two of them equal; all share the start token."""
-        generator, config = torch.Generator().manual_seed(0), cast(Any, self.model.config).text_config
-        p = self.processor
-        size, context, end = p.image_size, p.context_length, p.tokenizer.eos_token_id
-        lengths = torch.linspace(2, context, 7).long()
-        ids = torch.randint(0, min(config.vocab_size, end), (7, context), generator=generator)
-        ids[:, 0] = ids[0, 0]
-        ids = ids.where(torch.arange(context) < lengths[:, None] - 1, end)
-        pixel_values = torch.randn(2, 3, size, size, generator=generator)
-        return Sample(pixel_values.to(self.device), torch.cat([ids, ids[3:4]]), torch.cat([lengths, lengths[3:4]]))
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> the model's input, in its dtype, computed on the device: bytes travel, not floats."""

@@ -3,7 +3,7 @@
 Data, model and budget (steps and batch size) are those of the run, and all variants are trained as by train.py. Each
 starts from the unadapted model:
 
-    LoRA            several ranks; q and v or all projections; one tower or both; strengths from 0 to 1
+    LoRA            several ranks; q and v or all projections; one tower or both
     linear map      frozen encoders, only the two projections are trained
     full            all weights are trained except the temperature
 
@@ -36,7 +36,7 @@ from clip_medical.data.synthetic import shapes
 from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
 from clip_medical.evaluation.encode import encode
-from clip_medical.evaluation.retrieval import pair_ranks
+from clip_medical.evaluation.retrieval import pair_ranks, share
 from clip_medical.evaluation.table import Row, as_text, comparison
 from clip_medical.model import Clip, load_clip
 from clip_medical.run_folder import read_json
@@ -44,13 +44,12 @@ from clip_medical.training.grad_cache import contrastive_backward
 from clip_medical.training.loss import info_nce, same_rows
 from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.optimizer import Optimizer
-from experiments.common import Experiment, main, share
-from lora import count_parameters, inject, set_strength
+from experiments.common import Experiment, main
+from lora import count_parameters, inject
 
 QV, ALL = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 UNADAPTED, LINEAR, FULL = "unadapted", "linear map on frozen features", "full fine-tuning"
 MAX_RATES = 6  # learning rates tried for one variant
-STRENGTHS = tuple(s / 10 for s in range(11))
 SHAPES = 512  # images
 K, SHAPES_K = 10, 1  # of Recall@K on radiology and on shapes, chosen so that neither is near 0 or 100 %
 MEASURES = {"recall": f"Recall@{K}", "shapes": f"Recall@{SHAPES_K} of shapes"}
@@ -149,29 +148,20 @@ def choose_lr(bench: Bench, variant: Variant) -> dict[str, Any]:
     return {"lr": best, "at the edge": best in beyond, "losses": {f"{lr:.2g}": losses[lr] for lr in sorted(losses)}}
 
 
-def measure(bench: Bench, clip: Clip, trained: int = 0, lr: float = 0.0) -> dict[str, Any]:
-    """Measure the recall of validation pairs and of shapes, over both directions.
+def measure(bench: Bench, variant: Variant | None = None, lr: float = 0.0) -> dict[str, Any]:
+    """Train a variant on all training pairs, and measure the recall of validation pairs and of shapes, over both
+    directions; without a variant that of the unadapted model.
 
     "hits" has a digit for each pair, the number of directions in which it is found, so that variants can be compared
     pair by pair.
     """
-    row: dict[str, Any] = {"trained": trained, "lr": lr}
+    clip = fit(bench, variant, lr, torch.arange(len(bench.train))) if variant else bench.base()
+    row: dict[str, Any] = {"trained": count_parameters(clip.model).trainable if variant else 0, "lr": lr}
     for key, k, pairs in (("recall", K, bench.validation), ("shapes", SHAPES_K, bench.shapes)):
         ranks = pair_ranks(*encode(clip, pairs), pairs.caption_ids, pairs.image_ids)
         image = torch.unique(pairs.image_ids, return_inverse=True)[1]
         hits = (ranks["image_to_text"].rank[image] < k).long() + (ranks["text_to_image"].rank < k)
         row[key] = share(hits / 2, pairs.image_ids) | {"hits": "".join(map(str, hits.tolist()))}
-    return row
-
-
-def train_and_measure(bench: Bench, variant: Variant, lr: float, strengths: tuple[float, ...]) -> dict[str, Any]:
-    """Train a variant on all training pairs and measure it, then also at each of `strengths` of its LoRA."""
-    clip = fit(bench, variant, lr, torch.arange(len(bench.train)))
-    trained = count_parameters(clip.model).trainable
-    row = measure(bench, clip, trained, lr) | {"strengths": {}}
-    for strength in strengths:
-        set_strength(clip.model, strength)
-        row["strengths"][f"strength {strength:.1f}"] = measure(bench, clip, trained, lr)
     return row
 
 
@@ -187,7 +177,7 @@ def difference(pairs: Pairs, row: dict[str, Any], other: dict[str, Any]) -> dict
 def table_rows(pairs: Pairs, rows: dict[str, dict[str, Any]], reference: str) -> list[Row]:
     """Return the rows of the table, a column for each measure. A significant difference has an interval without 0."""
     table = []
-    for name, row in (rows | rows[reference]["strengths"]).items():
+    for name, row in rows.items():
         columns = {"trained (1,000)": {"value": row["trained"] / 1000}, "lr": {"value": round(row["lr"], 6)}}
         columns |= {label: row[key] for key, label in MEASURES.items()}
         columns[f"minus {reference}"] = difference(pairs, row, rows[reference])
@@ -235,12 +225,11 @@ class Ablation(Experiment):
                 self.save(setup, self.name, results)
             return results[section][name]
 
-        rows = {UNADAPTED: stored("variants", UNADAPTED, lambda: measure(bench, bench.base()))}
+        rows = {UNADAPTED: stored("variants", UNADAPTED, partial(measure, bench))}
         reference, *others = variants(bench.config, self.ranks)
-        for variant, strengths in [(reference, STRENGTHS), *((variant, ()) for variant in others)]:
+        for variant in (reference, *others):
             rate = stored("rates", variant.name, partial(choose_lr, bench, variant))
-            train = partial(train_and_measure, bench, variant, rate["lr"], strengths)
-            rows[variant.name] = stored("variants", variant.name, train)
+            rows[variant.name] = stored("variants", variant.name, partial(measure, bench, variant, rate["lr"]))
             if rate["at the edge"]:
                 print(
                     f"{variant.name}: lr {rate['lr']:.2g} is at the edge of those tried. A better one may lie beyond."

@@ -7,8 +7,9 @@ subclass of Experiment in experiments/NAME.py; `python -m experiments.NAME --run
     import sys
     from clip_medical.data.batches import Pairs
     from clip_medical.evaluation.encode import encode
+    from clip_medical.evaluation.retrieval import share
     from clip_medical.model import Clip
-    from experiments.common import Experiment, Reports, main, share
+    from experiments.common import Experiment, Reports, main
 
     class Cosine(Experiment):
         \"""Mean cosine similarity of matching pairs.\"""  # shown by --help
@@ -33,8 +34,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
-
 from clip_medical import cli
 from clip_medical import run_folder as runs
 from clip_medical.config import Config
@@ -43,7 +42,6 @@ from clip_medical.data.dataset import Data, data_fingerprint, load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
 from clip_medical.evaluation.report import environment
-from clip_medical.evaluation.retrieval import bootstrap_interval
 from clip_medical.evaluation.table import Row, as_text, comparison, metric_rows
 from clip_medical.model import Clip, load_clip
 from clip_medical.training.device import choose_device
@@ -244,12 +242,6 @@ class Experiment:
         runs.write_text(setup.folder / f"{name}.json", json.dumps(setup.facts | {"results": results}, indent=2) + "\n")
         if files:
             print(f"\nSaved    {setup.folder}: {', '.join([f'{name}.json', *files])}")
-
-
-def share(scores: Tensor, groups: Tensor | None = None) -> dict[str, float]:
-    """Return {"value", "low", "high"}: the mean of `scores` (N,) and its 95 % interval, resampled by group (N,)."""
-    low, high = bootstrap_interval(scores, groups)
-    return {"value": scores.double().mean().item(), "low": low, "high": high}
 
 
 def pick(results: Results, task: str) -> dict[str, dict[str, Any]]:

@@ -111,21 +111,3 @@ def confusion(reports: dict[str, dict[str, Any]], facet: str, file: Path, most: 
     classes = f"{len(names)} most frequent of {len(totals)} classes"
     figure.suptitle(f"% of the images of each true {facet}, n = {first['n']:,}, {classes}", fontsize=11, y=1.03)
     save_figure(figure, file)
-
-
-def memory_curve(curve: dict[str, Any], file: Path) -> None:
-    """Draw peak memory over the batch size, in chunks and at once."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    in_chunks = f"cached gradients in chunks of {curve['chunk']} pairs"
-    for key, label, style in (("plain", "plain step, all pairs at once", "s-."), ("in chunks", in_chunks, "o-")):
-        colour = ACCENT if key == "plain" else ADAPTED
-        batches, peaks = [row["batch"] for row in curve[key]], [row["peak"] / 2**30 for row in curve[key]]
-        axes.plot(batches, peaks, style, color=colour, label=label)
-    grows = [sum(row[key] for key in ("features", "logits", "pixels")) / 2**30 for row in curve["in chunks"]]
-    label = "smallest batch, and the growth of features, logits and pixels"
-    axes.plot(batches, [peaks[0] + g - grows[0] for g in grows], ":", color="black", label=label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(xlabel="pairs in the contrastive batch", ylabel="peak memory of a step (GiB)", ylim=(0, None))
-    axes.legend(frameon=False)
-    save_figure(figure, file)

@@ -22,10 +22,19 @@ from clip_medical.data.dataset import FACETS
 from clip_medical.data.synthetic.shapes import scene
 from clip_medical.errors import UserError
 from clip_medical.evaluation.encode import encode
-from clip_medical.evaluation.zero_shot import PROMPTS, class_cosines, class_scores, label_sets, ranks_in_list, refused
+from clip_medical.evaluation.retrieval import share
+from clip_medical.evaluation.zero_shot import (
+    PROMPTS,
+    Labels,
+    class_cosines,
+    class_scores,
+    label_sets,
+    ranks_in_list,
+    refused,
+    zero_shot_report,
+)
 from clip_medical.model import Clip
-from experiments.common import Experiment, Reports, Results, main, share
-from experiments.zero_shot import Labels, facet_reports
+from experiments.common import Experiment, Reports, Results, main
 
 # A labelled image has another label of the same facet, so none of these can be true of it.
 DISTRACTORS: list[tuple[str, str]] = [(facet, name) for facet, name in PROMPTS["distractors"]]
@@ -82,7 +91,7 @@ class StressTest(Experiment):
         known = [row for row in range(len(pairs)) if all(facet in labels and labels[facet][row] for facet in JOINT)]
         if not known or any(facet not in classes for facet in JOINT):
             raise UserError(f"This test needs labels of {' and '.join(JOINT)}. Name data that have them with --data.")
-        reports = facet_reports(clip, images, labels, classes)
+        reports = zero_shot_report(clip, images, labels, classes)
         scenes = clip.encode_images([scene(0, "unrelated", i).image for i in range(UNRELATED)])
         for facet, report in reports.items():
             if "floor" in clip.calibration.get(facet, {}):

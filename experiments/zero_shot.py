@@ -21,17 +21,16 @@ from clip_medical.data.dataset import FACETS, Data
 from clip_medical.data.images import decode
 from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
-from clip_medical.evaluation.classification import best_threshold, calibration, classification_report, two_class_report
+from clip_medical.evaluation.classification import best_threshold, two_class_report
 from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.evidence import occlusion
 from clip_medical.evaluation.table import Row, as_text
-from clip_medical.evaluation.zero_shot import PROMPTS, class_cosines, label_sets, multilabel, refused, scores_at
+from clip_medical.evaluation.zero_shot import PROMPTS, Labels, class_scores, zero_shot_report
 from clip_medical.model import CAPTIONS, Clip
 from experiments import figures
-from experiments.common import Experiment, Reports, Results, Setup, main, pick, share
+from experiments.common import Experiment, Reports, Results, Setup, main, pick
 
 FEWEST = 10  # kept-back images of each class that a threshold is chosen on
-Labels = dict[str, list[str]]  # facet -> the label of each row, "" where unknown; or facet -> its classes
 # question -> facet, and the names of its two classes in data sets; the first is the one that is looked for
 QUESTIONS: dict[str, tuple[str, list[str], list[str]]] = PROMPTS["questions"]
 
@@ -40,7 +39,7 @@ def probabilities(clip: Clip, facet: str, names: list[str], images: Tensor, labe
     """Classify the images (N, D) whose label is one of C names -> probabilities (n, C), index of the true one (n,)."""
     rows = [row for row, label in enumerate(labels.get(facet, [])) if label in names]
     truth = torch.tensor([names.index(labels[facet][row]) for row in rows], dtype=torch.long)
-    return scores_at(clip.scale(facet), class_cosines(clip, facet, names, images[rows])).softmax(dim=1), truth
+    return class_scores(clip, facet, names, images[rows]).softmax(dim=1), truth
 
 
 def restrict(labels: Labels, where: str | None) -> Labels:
@@ -65,40 +64,6 @@ def comparable(labels: Labels, facet: str, names: list[str]) -> Labels:
         classes.setdefault(kind, set()).add(name)
     usable = [classes[kind] >= set(names) for kind in examination]
     return {f: [x if keep else "" for x, keep in zip(column, usable, strict=True)] for f, column in labels.items()}
-
-
-def facet_reports(clip: Clip, images: Tensor, labels: Labels, classes: Labels) -> Reports:
-    """Classify images (N, D) by each facet, over the rows whose label is one of its classes.
-
-    Returns facet -> `classification_report`, without facets that have no such row; "uncalibrated" is its calibration
-    at CLIP's own temperature. A facet of which an image can have several labels has a `multilabel_report`, and another
-    entry for each label.
-    """
-    reports = {}
-    for facet, names in classes.items():
-        chosen = [label if label in names else "" for label in labels.get(facet, [])]
-        if label_sets(chosen):  # an image can have several
-            if not (report := multilabel(clip, facet, chosen, images))["classes"]:
-                continue  # all images have the same labels
-            reports[facet] = report
-            for name, label in reports[facet].pop("labels").items():
-                reports[f"{facet} {name}"] = label | {"n": f"{label['positives']} of {reports[facet]['n']}"}
-            continue
-        known = torch.tensor([label != "" for label in chosen], dtype=torch.bool)
-        if not known.any():
-            continue
-        truth = torch.tensor([names.index(label) for label in chosen if label])
-        cosines = class_cosines(clip, facet, names, images[known])
-        p, own = (
-            scores_at(s, cosines).softmax(dim=1) for s in (clip.scale(facet), clip.model.logit_scale.exp().item())
-        )
-        report = reports[facet] = classification_report(p, truth, names)
-        report["uncalibrated"] = calibration(own.amax(dim=1), own.argmax(dim=1) == truth)
-        for key, name in (("calibration", "calibration_error"), ("uncalibrated", "calibration_error_uncalibrated")):
-            report[f"{name}_(points)"] = {"value": round(100 * report[key]["ece"], 1)}
-        if "floor" in clip.calibration.get(facet, {}):
-            report["none_of_these,_own_images"] = share(refused(clip, facet, cosines))
-    return reports
 
 
 @dataclass(frozen=True)
@@ -165,13 +130,15 @@ class ZeroShot(Experiment):
         if self.question:
             labels = comparable(labels, str(facet), chosen)
         images = encode(clip, pairs)[0]
-        reports = facet_reports(clip, images, labels, classes)
+        reports = zero_shot_report(clip, images, labels, classes)
         if not reports:
             where = (
                 f" and --where {self.where} (a facet and a label of it, such as anatomy=chest)" if self.where else ""
             )
             raise UserError(f"No image has one of the labels {classes}{where}. Ask for others.")
         for task, names in classes.items():
+            for name, label in reports.get(task, {}).pop("labels", {}).items():  # of which an image can have several
+                reports[f"{task} {name}"] = label | {"n": f"{label['positives']} of {reports[task]['n']}"}
             if len(names) == 2 and "auroc" in reports.get(task, {}) and "confusion" in reports[task]:
                 p, truth = probabilities(clip, task, names, images, labels)
                 threshold, chosen_on = self._threshold(clip, pairs.kept_back, task, names)

@@ -67,8 +67,10 @@ def test_an_edit_of_the_layer_trains_as_the_same_subclass_does(edit: str, projec
         subclass += f"    def __init__(self, base, *settings):\n        super().__init__(base, *settings)\n{HOOK}"
     header = "import torch\nimport torch.nn.functional as F\nfrom lora import LoRALinear\nTensor = torch.Tensor\n\n\n"
     (project_copy / "edited_layer.py").write_text(header + subclass, encoding="utf-8")
-    replace(story, "from lora import LoRALinear, count", "from edited_layer import Edited\nfrom lora import count")
-    replace(story, "layer=LoRALinear", "layer=Edited")
+    replace(
+        story, "from lora import DoRALinear, LoRALinear", "from edited_layer import Edited\nfrom lora import DoRALinear"
+    )
+    replace(story, "else LoRALinear,", "else Edited,")
     as_subclass, said = train(project_copy, "subclass")
     assert "Encoder  reference: " in said
     assert edited == as_subclass and edited[1:] != plain[1:]

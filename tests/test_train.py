@@ -22,7 +22,7 @@ from torch import Tensor
 
 import train
 from clip_medical import load_clip, load_run
-from clip_medical.config import PRESETS, Config
+from clip_medical.config import PRESETS, Config, parse
 from clip_medical.data.batches import prepare
 from clip_medical.data.dataset import load_data
 from clip_medical.errors import UserError
@@ -425,7 +425,7 @@ def test_without_output_the_next_free_name_is_taken(tmp_path: Path, monkeypatch:
 def test_help_names_each_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a field without help, and a preset whose values the help does not show."""
     with pytest.raises(SystemExit) as end:
-        train.parse(["roco", "--help"])
+        parse(["roco", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     for field in Config.__dataclass_fields__:
@@ -437,12 +437,12 @@ def test_help_names_each_flag_with_its_default(capsys: pytest.CaptureFixture[str
 
 def test_presets_can_be_overridden() -> None:
     """Catches flags that keep the preset's value, and the preset of the phantoms used for data of one's own."""
-    assert train.parse([]) == ("demo", PRESETS["demo"])
+    assert parse([]) == ("demo", PRESETS["demo"])
     for own in (["--data", "x.csv"], ["--data=x.csv"]):
-        assert train.parse(own) == ("demo", replace(Config(), data="x.csv"))
-    assert train.parse(["demo", "--data", "x.csv"])[1] == replace(PRESETS["demo"], data="x.csv")
-    preset, config = train.parse(["roco", "--rank", "4", "--targets", "q_proj", "k_proj", "--data", "x.csv"])
+        assert parse(own) == ("demo", replace(Config(), data="x.csv"))
+    assert parse(["demo", "--data", "x.csv"])[1] == replace(PRESETS["demo"], data="x.csv")
+    preset, config = parse(["roco", "--rank", "4", "--targets", "q_proj", "k_proj", "--data", "x.csv"])
     assert (preset, config.rank, config.targets, config.data) == ("roco", 4, ("q_proj", "k_proj"), "x.csv")
     assert config.model == "openai/clip-vit-base-patch32"
     with pytest.raises(UserError):
-        train.parse(["roco", "--batch-size", "0"])
+        parse(["roco", "--batch-size", "0"])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_medical.evaluation.retrieval import binomial_interval, bootstrap_interval, percentile_interval
+from clip_medical.evaluation.retrieval import binomial_interval, percentile_interval, share
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # levels of the scores (N,), positive (N,) -> value
 
@@ -51,8 +51,7 @@ def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequenc
         return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
     report: dict[str, Any] = {"n": len(rows), "classes": list(classes)}
-    low, high = bootstrap_interval(torch.from_numpy(hits))
-    report["accuracy"] = {"value": float(hits.mean()), "low": low, "high": high, "chance": 1 / len(classes)}
+    report["accuracy"] = share(torch.from_numpy(hits)) | {"chance": 1 / len(classes)}
     report["balanced_accuracy"] = _measured(balanced_accuracy, len(rows), 1 / len(classes))
     if len(present) > 1:
         report["auroc"] = _measured(mean_auroc, len(rows), 0.5)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from clip_medical.data.batches import Pairs
@@ -91,7 +90,7 @@ def result_rows(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
         if "labels" in report:  # several labels of an image
             rows += metric_rows(f"zero-shot {facet}, mean of {len(report['classes'])} labels", reports, report["n"])
             continue
-        accuracies = {model: report | {"value": report["accuracy"]} for model, report in reports.items()}
+        accuracies = {model: report["accuracy"] for model, report in reports.items()}
         rows.append(Row(f"zero-shot {facet}, {len(report['classes'])} classes", accuracies, report["n"]))
     return rows
 
@@ -113,10 +112,15 @@ def write_report(
     if zero_shot:
         plots.share_bars(zero_shot, "%, with 95 % interval", figures / "zero_shot.png")
     queries = example_queries(split)
-    hits = {
-        model: [_hits(e.images @ query, labels, split) for query, (_, labels) in zip(e.queries, queries, strict=True)]
-        for model, e in zip(results, (before, after), strict=True)
-    }
+    hits: dict[str, list[list[plots.Hit]]] = {model: [] for model in results}  # model -> the best 4 of each query
+    for model, evaluation in zip(results, (before, after), strict=True):
+        for query, (_, expected) in zip(evaluation.queries, queries, strict=True):
+            best = (evaluation.images @ query).topk(min(4, len(split))).indices.tolist()
+            hits[model].append([])
+            for row in best:
+                labels = {facet: split.labels[facet][row] for facet in expected}
+                text = "\n".join(labels.values()) or textwrap.shorten(split.captions[row], 24)
+                hits[model][-1].append((split.open_image(row), text, labels == expected if expected else None))
     plots.search_grid([text for text, _ in queries], hits, len(split), figures / "search.png")
 
     write_text(folder / "report.json", json.dumps(facts | results, indent=2) + "\n")
@@ -128,13 +132,3 @@ def write_report(
     for section, values in facts.items():
         sections += [f"## {section.capitalize()}", "\n".join(f"- {name}: {value}" for name, value in values.items())]
     write_text(folder / "report.md", "\n\n".join(sections) + "\n")
-
-
-def _hits(similarity: Tensor, expected: dict[str, str], split: Split) -> list[tuple[Image.Image, str, bool | None]]:
-    """Return the 4 most similar images, each with its labels or caption, and whether its labels are as expected."""
-    hits: list[tuple[Image.Image, str, bool | None]] = []
-    for row in similarity.topk(min(4, len(split))).indices.tolist():
-        labels = {facet: split.labels[facet][row] for facet in expected}
-        text = "\n".join(labels.values()) or textwrap.shorten(split.captions[row], 24)
-        hits.append((split.open_image(row), text, labels == expected if expected else None))
-    return hits

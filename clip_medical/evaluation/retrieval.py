@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -173,57 +172,36 @@ def bootstrap_interval(
     return percentile_interval(lambda drawn: sums[drawn].sum() / sizes[drawn].sum(), len(sums), draws, seed)
 
 
+def share(scores: Tensor, groups: Tensor | None = None) -> dict[str, float]:
+    """Return {"value", "low", "high"}: the mean of `scores` (N,) and its `bootstrap_interval`."""
+    low, high = bootstrap_interval(scores, groups)
+    return {"value": scores.double().mean().item(), "low": low, "high": high}
+
+
 def retrieval_report(
-    images: Tensor,
-    texts: Tensor,
-    caption_ids: Tensor,
-    image_ids: Tensor,
-    ks: Sequence[int] = (1, 5, 10, 50),
-    size: int | None = None,
-    draws: int = 5,
-    seed: int = 0,
+    images: Tensor, texts: Tensor, caption_ids: Tensor, image_ids: Tensor, ks: Sequence[int] = (1, 5, 10, 50)
 ) -> dict[str, Any]:
-    """Compute Recall@k for each k below the pool size, METRICS and the median rank of N pairs.
+    """Compute Recall@k for each k below the pool size, METRICS and the median rank of one pool of N pairs.
 
     images, texts, caption_ids, image_ids   as for `pair_ranks`
-    size   draw pools of this many pairs, as many published tables do, and report the mean over `draws` of them.
-           Default: one pool of all pairs
 
-    Returns {"pool": pairs in a pool, "draws", "image_to_text": {"queries", "pool" (candidates), "recall@1", ..., "mrr",
-    "median_rank"}, "text_to_image": {...}}. A metric is {"value", "low", "high" (95 %, resampled by image), "chance"};
-    the median rank, where the first place is 1, has no interval. Raises ValueError on fewer pairs than `size`.
+    Returns {"image_to_text": {"queries", "pool" (candidates), "recall@1", ..., "mrr", "median_rank"}, "text_to_image":
+    {...}}. A metric is {"value", "low", "high" (95 %, resampled by image), "chance"}; the median rank, where the first
+    place is 1, has no interval.
     """
-    pools = [torch.arange(len(images))]
-    if size is not None:
-        if len(images) < size:
-            raise ValueError(f"Cannot draw a pool of {size} from {len(images)} pairs. Use a smaller size.")
-        rng = np.random.default_rng(seed)
-        pools = [torch.from_numpy(rng.permutation(len(images))[:size]) for _ in range(draws)]
-    ranked = [pair_ranks(images[rows], texts[rows], caption_ids[rows], image_ids[rows]) for rows in pools]
-    # an image that was drawn into several pools is one group, not several independent queries
-    groups = {
-        "image_to_text": torch.cat([image_ids[rows].unique() for rows in pools]),
-        "text_to_image": image_ids[torch.cat(pools)],
-    }
-    report: dict[str, Any] = {"pool": len(pools[0]), "draws": len(pools)}
-    for way, group in groups.items():
-        rank = torch.cat([pool[way].rank for pool in ranked]).double()
-        sizes = [pool[way].pool for pool in ranked]  # these differ if images repeat
-        by_chance = [chance_recall(pool[way].positives, pool[way].pool) for pool in ranked]
-        chance = torch.stack([F.pad(r, (0, max(sizes) - len(r)), value=1.0) for r in by_chance]).mean(dim=0)
-        positions, probability = torch.arange(max(sizes)).double(), chance.diff(prepend=chance.new_zeros(1))
-        metrics = {f"recall@{k}": recall_metric(k) for k in ks if k < min(sizes)} | METRICS
-        report[way] = {"queries": len(rank), "pool": min(sizes)}
+    groups = {"image_to_text": image_ids.unique(), "text_to_image": image_ids}
+    report: dict[str, Any] = {}
+    for way, ranked in pair_ranks(images, texts, caption_ids, image_ids).items():
+        rank, chance = ranked.rank.double(), chance_recall(ranked.positives, ranked.pool)
+        positions, probability = torch.arange(ranked.pool).double(), chance.diff(prepend=chance.new_zeros(1))
+        metrics = {f"recall@{k}": recall_metric(k) for k in ks if k < ranked.pool} | METRICS
+        report[way] = {"queries": len(rank), "pool": ranked.pool}
         for name, metric in metrics.items():
-            report[way][name] = _mean(metric(rank), group, metric(positions).double() @ probability)
+            by_chance = (metric(positions).double() @ probability).item()
+            report[way][name] = share(metric(rank), groups[way]) | {"chance": by_chance}
         median = float(np.median(rank.numpy())) + 1
         report[way]["median_rank"] = {"value": median, "chance": int((chance < 0.5).sum()) + 1}
     return report
-
-
-def _mean(scores: Tensor, groups: Tensor | None, chance: Tensor) -> dict[str, float]:
-    low, high = bootstrap_interval(scores, groups)
-    return {"value": scores.double().mean().item(), "low": low, "high": high, "chance": chance.item()}
 
 
 def label_precision(
@@ -250,6 +228,6 @@ def label_precision(
         lowered = torch.where(same, similarity.nextafter(torch.tensor(-torch.inf).double()), similarity)
         blocks.append(same.gather(1, lowered.topk(max(ks, default=0)).indices))
     correct = torch.cat(blocks).double()  # (n, K): whether the candidate in each of the first places is right
-    chance = numbers.bincount()[numbers].double().mean() / len(numbers)
-    report: dict[str, Any] = {"n": len(numbers)}
-    return report | {f"precision@{k}": _mean(correct[:, :k].mean(dim=1), image_ids[known], chance) for k in ks}
+    chance = {"chance": (numbers.bincount()[numbers].double().mean() / len(numbers)).item()}
+    shares = {f"precision@{k}": share(correct[:, :k].mean(dim=1), image_ids[known]) | chance for k in ks}
+    return {"n": len(numbers)} | shares

@@ -11,7 +11,7 @@ CT, or an MRI, ...
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_medical.evaluation.classification import multilabel_report
-from clip_medical.evaluation.retrieval import bootstrap_interval
+from clip_medical.evaluation.classification import calibration, classification_report, multilabel_report
+from clip_medical.evaluation.retrieval import share
 from clip_medical.model import Clip
 
+Labels = dict[str, list[str]]  # facet -> the label of each row, "" where unknown; or facet -> its classes
 PROMPTS: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
 
 
@@ -47,11 +48,6 @@ def class_features(clip: Clip, facet: str, classes: Sequence[str]) -> Tensor:
     return F.normalize(torch.stack(means), dim=-1).view(len(classes), -1, features.shape[1])
 
 
-def class_scores(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
-    """Compute logits (N, C) of images (N, D), unit length; their softmax gives the probabilities of the classes."""
-    return scores_at(clip.scale(facet), class_cosines(clip, facet, classes, images))
-
-
 def refused(clip: Clip, facet: str, cosines: Tensor) -> Tensor:
     """Whether the answer is "none of these": cosines (N, C, G) -> (N,) 1 or 0; the facet must be calibrated."""
     floor: float = clip.calibration[facet]["floor"]
@@ -63,9 +59,19 @@ def class_cosines(clip: Clip, facet: str, classes: Sequence[str], images: Tensor
     return torch.einsum("nd,cgd->ncg", images, class_features(clip, facet, classes))
 
 
-def scores_at(scale: float, cosines: Tensor) -> Tensor:
+def scores_at(scale: float | Tensor, cosines: Tensor) -> Tensor:
     """Combine the groups: cosines (N, C, G) -> logits (N, C), log(mean over groups of exp(scale * cosine))."""
     return torch.logsumexp(scale * cosines, dim=2) - math.log(cosines.shape[2])
+
+
+def class_scores(clip: Clip, facet: str, classes: Sequence[str], images: Tensor) -> Tensor:
+    """Compute logits (N, C) of images (N, D), unit length; their softmax gives the probabilities of the classes.
+
+    A calibrated model adds the offset of each class, 0 for a class without one: see calibration.py.
+    """
+    offsets = clip.calibration.get(facet, {}).get("offsets", {})
+    cosines = class_cosines(clip, facet, classes, images)
+    return scores_at(clip.scale(facet), cosines) + torch.tensor([offsets.get(name, 0.0) for name in classes])
 
 
 def label_sets(names: Sequence[str]) -> tuple[list[str], Tensor] | None:
@@ -105,28 +111,39 @@ def multilabel(clip: Clip, facet: str, names: Sequence[str], images: Tensor) -> 
     return multilabel_report(scores, truth, classes, clip.calibration.get(facet, {}).get("thresholds"))
 
 
-def zero_shot_report(clip: Clip, images: Tensor, labels: dict[str, list[str]]) -> dict[str, Any]:
-    """Compute the accuracy of each facet over the rows that have a label of it.
+def zero_shot_report(
+    clip: Clip, images: Tensor, labels: Labels, classes: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
+    """Classify images (N, D), unit length, by each facet, over the rows whose label is one of its classes.
 
-    images (N, D) unit length; labels: facet -> N class names, "" where unknown. The classes are those that occur.
-    Returns facet -> {"accuracy", "low", "high" (95 %, bootstrap), "chance" (1 / number of classes),
-    "balanced_accuracy" (mean over classes), "n", "classes"}, without facets of fewer than two classes. A class that
-    ties with the true one counts as predicted instead of it. A facet in which images have several labels has a
-    `multilabel_report` instead. Raises ValueError on features that are not finite.
+    labels: facet -> N class names, "" where unknown; classes: facet -> C of them. Default: all that occur, where there
+    are two or more. Returns facet -> `classification_report`, without facets that have no such row; "uncalibrated" is
+    its calibration at CLIP's own temperature, without offsets. A facet of which an image can have several labels has a
+    `multilabel_report`. Raises ValueError on features that are not finite.
     """
-    report: dict[str, Any] = {}
-    for facet, names in labels.items():
-        if facet in PROMPTS["templates"] and label_sets(names):
-            report |= {facet: result} if (result := multilabel(clip, facet, names, images))["classes"] else {}
+    if classes is None:
+        present = {f: sorted(set(names) - {""}) for f, names in labels.items() if f in PROMPTS["templates"]}
+        classes = {facet: names for facet, names in present.items() if len(names) > 1}
+    reports: dict[str, Any] = {}
+    for facet, names in classes.items():
+        chosen = [label if label in names else "" for label in labels.get(facet, [])]
+        if label_sets(chosen):  # an image can have several
+            if (report := multilabel(clip, facet, chosen, images))["classes"]:  # else all images have the same labels
+                reports[facet] = report
             continue
-        classes = sorted(set(names) - {""})
-        if facet not in PROMPTS["templates"] or len(classes) < 2:
+        known = torch.tensor([label != "" for label in chosen], dtype=torch.bool)
+        if not known.any():
             continue
-        known = torch.tensor([name != "" for name in names])
-        truth = torch.tensor([classes.index(name) for name in names if name])
-        hits = (ranks_in_list(class_scores(clip, facet, classes, images[known]), truth) == 0).double()
-        low, high = bootstrap_interval(hits)
-        per_class = [hits[truth == c].mean().item() for c in range(len(classes))]
-        report[facet] = {"accuracy": hits.mean().item(), "low": low, "high": high, "chance": 1 / len(classes)}
-        report[facet] |= {"balanced_accuracy": sum(per_class) / len(classes), "n": len(truth), "classes": classes}
-    return report
+        truth = torch.tensor([names.index(label) for label in chosen if label])
+        cosines = class_cosines(clip, facet, names, images[known])
+        own = scores_at(clip.model.logit_scale.detach().exp().item(), cosines).softmax(dim=1)
+        p = class_scores(clip, facet, names, images[known]).softmax(dim=1)
+        report = reports[facet] = classification_report(p, truth, names)
+        hits = own.argmax(dim=1) == truth
+        report["uncalibrated"] = calibration(own.amax(dim=1), hits)
+        report["accuracy,_uncalibrated"] = share(hits) | {"chance": 1 / len(names)}
+        for key, name in (("calibration", "calibration_error"), ("uncalibrated", "calibration_error,_uncalibrated")):
+            report[f"{name}_(points)"] = {"value": round(100 * report[key]["ece"], 1)}
+        if "floor" in clip.calibration.get(facet, {}):
+            report["none_of_these,_own_images"] = share(refused(clip, facet, cosines))
+    return reports

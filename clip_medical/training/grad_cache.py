@@ -45,7 +45,14 @@ def contrastive_backward(
     On several processes all call it with the same rows, and with gradients empty; all end with the gradient and the
     loss of the whole batch.
     """
-    encoders = _chunk_encoders(clip, batch, chunk_size)
+    # a function for each chunk of images -> (n, D), then for each chunk of texts -> (readings * n, D), as captions and
+    # fragments are one text batch
+    images: list[Callable[[], Tensor]] = [partial(clip.image_features, px) for px in batch.pixels.split(chunk_size)]
+    tokens = zip(*(captions.tokens.split(chunk_size) for captions in batch.captions), strict=True)
+    lengths = zip(*(captions.lengths.split(chunk_size) for captions in batch.captions), strict=True)
+    encoders = images + [
+        partial(clip.text_features, torch.cat(t), torch.cat(n)) for t, n in zip(tokens, lengths, strict=True)
+    ]
     one_chunk = len(encoders) == 2
     states, features = [], []
     with torch.set_grad_enabled(one_chunk):
@@ -64,17 +71,6 @@ def contrastive_backward(
         # logit_scale has no part in encoding: its gradient is that of the whole batch on every process already
         distributed.sum_gradients(p for p in clip.model.parameters() if p is not clip.model.logit_scale)
     return value
-
-
-def _chunk_encoders(clip: Clip, batch: Batch, chunk_size: int) -> list[Callable[[], Tensor]]:
-    """One function for each chunk of images (n, D), then one for each chunk of texts, (readings * n, D)."""
-    images: list[Callable[[], Tensor]] = [partial(clip.image_features, px) for px in batch.pixels.split(chunk_size)]
-    # captions and fragments together: one text batch
-    tokens = zip(*(captions.tokens.split(chunk_size) for captions in batch.captions), strict=True)
-    lengths = zip(*(captions.lengths.split(chunk_size) for captions in batch.captions), strict=True)
-    return images + [
-        partial(clip.text_features, torch.cat(t), torch.cat(n)) for t, n in zip(tokens, lengths, strict=True)
-    ]
 
 
 def _feature_gradients(

@@ -1,4 +1,4 @@
-"""Progress of a run: the progress bar, metrics.jsonl, TensorBoard; and the request to stop it."""
+"""Progress of a run: the progress bar, metrics.jsonl; and the request to stop it."""
 
 import contextlib
 import json
@@ -18,10 +18,9 @@ METRICS = "metrics.jsonl"
 class Progress:
     """Log one record a step, on rank 0, to the progress bar and the files."""
 
-    def __init__(self, folder: Path, done: int, steps: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, done: int, steps: int) -> None:
         """done: steps already taken. Lines of later steps, logged after the checkpoint, are removed from the file."""
         self.file = folder / METRICS
-        self.writer = _summary_writer(folder, done) if tensorboard and distributed.rank() == 0 else None
         if distributed.rank() == 0:
             lines = self.file.read_bytes().splitlines(keepends=True)[:done] if self.file.is_file() else []
             part = self.file.with_suffix(".part")
@@ -30,13 +29,14 @@ class Progress:
         self.stream = open(self.file if distributed.rank() == 0 else os.devnull, "a", encoding="utf-8")
         self.bar = tqdm(initial=done, total=steps, unit="step", disable=distributed.rank() > 0 or None)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Close the bar and the files."""
         self.bar.close()
         with contextlib.suppress(OSError):  # a full disk, which `log` has reported
             self.stream.close()
-        if self.writer is not None:
-            self.writer.close()
 
     def log(self, record: dict[str, Any]) -> None:
         """record: "step", "loss", "lr", "pairs_per_second", "waiting", "peak_gib" and more; None where unknown."""
@@ -49,18 +49,6 @@ class Progress:
         text = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {record['pairs_per_second']:.0f} pairs/s"
         self.bar.set_postfix_str(f"{text}, {record['waiting']:.0%} waiting for data, {record['peak_gib']:.1f} GiB")
         self.bar.update()
-        if self.writer is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self.writer.add_scalar(name, value, record["step"])
-
-
-def _summary_writer(folder: Path, done: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("TensorBoard is not installed. pip install tensorboard, or leave out --tensorboard.") from None
-    return SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 
 
 class StopRequest:

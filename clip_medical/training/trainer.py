@@ -4,8 +4,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -84,7 +82,7 @@ class Trainer:
             if not resumed:
                 self.plan = make_plan(clip, Epoch(pairs, self.config, 0), self.config, self.pairs_per_process)
                 clip.set_checkpointing(self.plan.checkpointing)
-                batch = next(self._batches())
+                batch = next(batches(pairs, self.config, 0, distributed.rank(), distributed.world_size()))
                 self.chance = flight_check(clip, batch, self.loss, self.optimizer, self.plan, self.steps)
                 if clip.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()  # the checks hold copies of the model
@@ -99,12 +97,15 @@ class Trainer:
         """Take steps `done` + 1 to `steps`; each is a line of metrics.jsonl."""
         clip, config, optimizer = self.clip, self.config, self.optimizer
         stop, stopped, saved = StopRequest(), False, time.perf_counter()
-        batches = self._batches()
+        rank, world_size, start = distributed.rank(), distributed.world_size(), 0 if config.overfit_batch else self.done
+        loader = batches(self.train_pairs, config, start, rank, world_size)
+        if config.overfit_batch:
+            loader = repeat(next(loader))
         clip.model.train()
-        with closing(Progress(self.folder, self.done, self.steps, config.tensorboard)) as progress:
+        with Progress(self.folder, self.done, self.steps) as progress:
             while self.done < self.steps and not stopped:
                 began = time.perf_counter()
-                batch = next(batches)
+                batch = next(loader)
                 waiting = time.perf_counter() - began
                 loss = contrastive_backward(clip, batch, self.loss, self.plan.chunk_size, optimizer.scaler.scale)
                 if not loss.isfinite():
@@ -134,13 +135,6 @@ class Trainer:
                     self.save()
                     saved = time.perf_counter()
         self.save()
-
-    def _batches(self) -> Iterator[Batch]:
-        """The batches from step `done` + 1 on; with --overfit-batch the first one, over and over."""
-        start = 0 if self.config.overfit_batch else self.done
-        rank, world_size = distributed.rank(), distributed.world_size()
-        endless = batches(self.train_pairs, self.config, start, rank, world_size)
-        return repeat(next(endless)) if self.config.overfit_batch else endless
 
     def _validate(self) -> float | None:
         """Recall on the validation pairs, measured on rank 0; the best adapter is kept."""

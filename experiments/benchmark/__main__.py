@@ -4,31 +4,31 @@ All contenders (contenders.py) take turns in one process, so that other load on 
 are medians of the ratios of the turns. Writes benchmark-DEVICE.md and benchmark-DEVICE.json.
 """
 
+import json
 import os
-import statistics
+import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from clip_medical.config import Config
+from clip_medical import cli
 from clip_medical.data.cache import ROOT_VARIABLE
+from clip_medical.errors import UserError
+from clip_medical.evaluation.report import environment
 from clip_medical.evaluation.table import as_markdown, as_text
 from clip_medical.model import load_clip
-from clip_medical.run_folder import write_text
+from clip_medical.run_folder import make_folder, write_text
 from clip_medical.training.device import choose_device, choose_precision
 from experiments.benchmark.contenders import FULL, Task
 from experiments.benchmark.inputs import write_rows
-from experiments.benchmark.measure import Benchmark, fresh_process, main, numbers
-from experiments.benchmark.memory import CHUNK, train
 from experiments.benchmark.training import inference, peaks, training
-
-CHUNKED = (256, 1024)  # batch sizes
 
 
 @dataclass(frozen=True)
-class Training(Benchmark):
+class Benchmark:
     """Compare this project, peft with the usual loop, and full fine-tuning on a CLIP of ViT-B/32's geometry."""
 
     # Pairs in a batch.
@@ -41,14 +41,20 @@ class Training(Benchmark):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # Measure training steps alone, as for a further batch size or precision on the same machine.
     steps_only: bool = False
+    # Folder for the results.
+    output: str = "experiments/results"
+    # Seed of the inputs.
+    seed: int = 0
 
-    command = "benchmark"
+    def __post_init__(self) -> None:
+        for name, lowest in (("batch_size", 2), ("images", 1), ("repeats", 1), ("seed", 0)):
+            if getattr(self, name) < lowest:
+                value = getattr(self, name)
+                raise UserError(f"Found --{name.replace('_', '-')} {value}, expected {lowest} or more.")
 
-    def file(self) -> str:
-        return f"benchmark-{choose_device().type}"
-
-    def measure(self, folder: Path) -> dict[str, Any]:
-        device = choose_device()
+    def perform(self) -> int:
+        """Measure, print, and write the results. Returns the exit code."""
+        folder, device = make_folder(Path(self.output)), choose_device()
         loaders = (os.cpu_count() or 1) if device.type == "cuda" and not self.steps_only else 1
         with TemporaryDirectory() as images, TemporaryDirectory() as os.environ[ROOT_VARIABLE]:  # not the user's cache
             count = max(self.images, self.batch_size * loaders)
@@ -63,25 +69,26 @@ class Training(Benchmark):
                 of_one_batch = Task(rows[: self.batch_size], self.batch_size, device, task.dtype)
                 for name, peak in peaks(of_one_batch).items():
                     table[name] |= peak
-                results |= inference(of_one_batch, self.repeats) | self.chunked()
+                results |= inference(of_one_batch, self.repeats)
         cells = [["", *table], *([key, *(f"{row[key]:,.2f}" for row in table.values())] for key in table[FULL])]
-        print("\n" + as_text(cells))
-        facts = self.facts()
-        setup = facts["settings"] | facts["environment"] | {"command": f"`{facts['command']}`"}
-        lists = "\n".join(f"- {line}" for line in [*numbers(results), *(f"{key}: {setup[key]}" for key in setup)])
-        write_text(folder / f"{self.file()}.md", f"# Benchmark on {device}\n\n{as_markdown(cells)}\n\n{lists}\n")
-        return results
+        numbers = [f"{title}: {value:,.4g}" for title, value in results.items() if isinstance(value, int | float)]
+        print("\n" + as_text(cells), *numbers, sep="\n")
+        versions = {package: version(package) for package in ("peft", "torchvision", "datasets", "pillow")}
+        command = shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]])
+        facts = {"command": command, "settings": asdict(self), "environment": environment() | versions}
+        listed = {"command": f"`{command}`"} | asdict(self) | environment() | versions
+        lists = "\n".join(f"- {line}" for line in [*numbers, *(f"{key}: {value}" for key, value in listed.items())])
+        file = folder / f"benchmark-{device.type}"
+        write_text(file.with_suffix(".md"), f"# Benchmark on {device}\n\n{as_markdown(cells)}\n\n{lists}\n")
+        write_text(file.with_suffix(".json"), json.dumps(facts | results, indent=2) + "\n")
+        print(f"\nSaved    {file}.json")
+        return 0
 
-    def chunked(self) -> dict[str, float]:
-        """Time exact steps of the tiny CLIP over growing batches in two turns -> title -> ms per pair."""
-        settings: dict[str, Any] = dict(chunk_size=CHUNK, fragments=0, precision=self.precision, seed=self.seed)
-        times: dict[int, list[float]] = {size: [] for size in CHUNKED}
-        for size in 2 * CHUNKED:
-            result: Any = fresh_process(train, Config(batch_size=size, **settings))
-            times[size].append(result["ms"])
-        title = f"tiny CLIP in chunks of {CHUNK}, ms per pair in a batch of"
-        return {f"{title} {size:,}": statistics.median(values) for size, values in times.items()}
+
+def main() -> int:
+    command = "python -m experiments.benchmark"
+    return cli.exit_code("benchmark", lambda: cli.parse(Benchmark, sys.argv[1:], command).perform())
 
 
 if __name__ == "__main__":
-    sys.exit(main(Training))
+    sys.exit(main())

@@ -4,13 +4,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from clip_medical.data.batches import Pairs
 from clip_medical.data.synthetic.phantoms import phantom
-from clip_medical.model import Clip
 
 Row = tuple[Path, str]  # PNG file, caption
 DRAWN = 256  # distinct images; further files are links to them, which cost a decoder the same
@@ -52,15 +49,3 @@ def write_rows(folder: Path, count: int, tokenizer: CLIPTokenizer, seed: int) ->
         ids = tokenizer(" ".join(rng.choice(words, 77)), truncation=True, max_length=int(length))["input_ids"]
         rows.append((file, str(tokenizer.decode(ids, skip_special_tokens=True))))
     return rows
-
-
-def random_pairs(clip: Clip, count: int, seed: int) -> Pairs:
-    """Draw captions of random tokens. All pairs share one noise image, which is copied when a batch is loaded."""
-    processor, generator, rows = clip.processor, torch.Generator().manual_seed(seed), torch.arange(count)
-    end = int(processor.tokenizer.eos_token_id)
-    lengths = torch.from_numpy(caption_lengths(count, seed)).clamp(max=processor.context_length)
-    tokens = torch.randint(0, end, (count, processor.context_length), generator=generator)
-    tokens[rows, lengths - 1] = end
-    shape = (1, 3, processor.image_size, processor.image_size)
-    image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return Pairs(image.expand(count, -1, -1, -1), tokens, lengths, rows, rows)

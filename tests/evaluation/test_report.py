@@ -26,7 +26,7 @@ def split(labels: dict[str, list[str]], n: int = 6) -> Split:
 
 def evaluation(labelled: bool) -> Evaluation:
     images = torch.eye(6)
-    accuracy = {"accuracy": 0.5, "low": 0.2, "high": 0.8, "chance": 0.5, "n": 6, "classes": ["CT", "MRI"]}
+    accuracy = {"accuracy": {"value": 0.5, "low": 0.2, "high": 0.8, "chance": 0.5}, "n": 6, "classes": ["CT", "MRI"]}
     rows = torch.arange(6)
     results = {
         "retrieval": retrieval_report(images, images, rows, rows, ks=(1, 5)),

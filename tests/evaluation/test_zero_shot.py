@@ -60,8 +60,8 @@ def test_report_leaves_unknown_labels_out(clip: Clip) -> None:
     labels = {"modality": ["CT", "CT", "MRI", "CT", ""], "unknown facet": ["a", "b", "a", "b", "a"]}
     report = zero_shot_report(clip, images, labels)
     assert list(report) == ["modality"] and report["modality"]["n"] == 4
-    assert report["modality"]["accuracy"] == 0.5  # two of three CT are right, the one MRI is not
-    assert report["modality"]["balanced_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+    assert report["modality"]["accuracy"]["value"] == 0.5  # two of three CT are right, the one MRI is not
+    assert report["modality"]["balanced_accuracy"]["value"] == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_label_sets() -> None:
@@ -76,7 +76,7 @@ def test_label_sets() -> None:
 def test_uninformative_features_have_no_accuracy(clip: Clip) -> None:
     """Catches argmax on ties and on NaN, which predicts the first class: right wherever that is the most frequent."""
     labels = {"modality": ["CT"] * 8 + ["MRI"] * 2}
-    assert zero_shot_report(clip, torch.zeros(10, 128), labels)["modality"]["accuracy"] == 0
+    assert zero_shot_report(clip, torch.zeros(10, 128), labels)["modality"]["accuracy"]["value"] == 0
     with pytest.raises(ValueError, match="NaN"):
         zero_shot_report(clip, torch.full((10, 128), torch.nan), labels)
 

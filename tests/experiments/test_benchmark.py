@@ -9,22 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-from clip_medical.config import Config
 from clip_medical.data.cache import ROOT_VARIABLE
 from clip_medical.errors import UserError
 from clip_medical.model import load_clip
 from experiments.benchmark import __main__ as training_command
-from experiments.benchmark import contenders, measure, memory, training
+from experiments.benchmark import contenders, measure, training
 from experiments.benchmark.contenders import CONTENDERS, Task
 from experiments.benchmark.inputs import write_rows
 from tests.encoders import ENCODERS
 
 CPU = torch.device("cpu")
 needs_the_fast_encoder = pytest.mark.skipif("fast" not in ENCODERS, reason="clip_medical/fast is deleted")
-Perform = Callable[..., dict[str, Any]]  # kind of benchmark, its flags -> the JSON that it writes
+Perform = Callable[..., dict[str, Any]]  # flags -> the JSON that the benchmark writes
 
 
 def small_clip() -> CLIPModel:
@@ -40,11 +38,7 @@ def small_clip() -> CLIPModel:
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small models and batches; what would run in a fresh process runs in this one."""
     monkeypatch.setattr(contenders, "vit_b_32", small_clip)
-    monkeypatch.setattr(training_command, "CHUNKED", (8, 16))
-    for name, value in (("CHUNK", 4), ("BATCHES", (4, 8)), ("PLAIN", (4,)), ("PAIRS", 16)):
-        monkeypatch.setattr(memory, name, value)
-    for module in (training_command, training, memory):
-        monkeypatch.setattr(module, "fresh_process", lambda action, *arguments: action(*arguments))
+    monkeypatch.setattr(training, "fresh_process", lambda action, *arguments: action(*arguments))
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "cache"))
 
 
@@ -52,12 +46,12 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def perform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Perform:
     """Run a benchmark as from the command line and return the results that it wrote."""
 
-    def call(kind: type[measure.Benchmark], *flags: object) -> dict[str, Any]:
+    def call(*flags: object) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, flags), "--output", str(tmp_path / "results")])
-        assert measure.main(kind) == 0
+        assert training_command.main() == 0
         (file,) = (tmp_path / "results").glob("*.json")
         results: dict[str, Any] = json.loads(file.read_text())
-        assert results["command"].startswith(f"python -m experiments.{kind.command} ")
+        assert results["command"].startswith("python -m experiments.benchmark ")
         assert results["settings"]["seed"] == 0
         assert results["environment"].keys() > {"processor", "torch", "peft"}
         return results
@@ -65,27 +59,19 @@ def perform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Perform:
     return call
 
 
-@pytest.mark.parametrize(
-    ("kind", "flags"),
-    [
-        (training_command.Training, {"repeats": 0}),
-        (training_command.Training, {"batch_size": 1}),
-        (memory.Memory, {"seed": -1}),
-    ],
-)
-def test_settings_that_measure_nothing_are_refused(kind: type[measure.Benchmark], flags: dict[str, int]) -> None:
+@pytest.mark.parametrize("flags", [{"repeats": 0}, {"batch_size": 1}, {"seed": -1}])
+def test_settings_that_measure_nothing_are_refused(flags: dict[str, int]) -> None:
     """Catches a traceback at the end of the measurement: the median of no values."""
     ((name, value),) = flags.items()
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}, expected"):
-        kind(**flags)  # type: ignore[arg-type]
+        training_command.Benchmark(**flags)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", [training_command.Training, memory.Memory])
-def test_an_output_that_cannot_be_written_is_refused_first(kind: type[measure.Benchmark], tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
     """Catches minutes of measuring whose results are lost."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="another --output"):
-        kind(output=str(tmp_path / "file" / "x")).perform()
+        training_command.Benchmark(output=str(tmp_path / "file" / "x")).perform()
 
 
 @needs_the_fast_encoder
@@ -117,7 +103,7 @@ def test_images_and_captions_are_those_of_rocov2(tmp_path: Path) -> None:
 @needs_the_fast_encoder
 def test_the_training_benchmark_runs(perform: Perform, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a benchmark that no longer fits the code it measures, and a row that one contender lacks."""
-    results = perform(training_command.Training, "--batch-size", 2, "--images", 4, "--repeats", 2)
+    results = perform("--batch-size", 2, "--images", 4, "--repeats", 2)
     assert list(results["contenders"]) == list(CONTENDERS)
     rows = ["step, pairs/s", "later epoch from PNG files, pairs/s", "peak memory, GiB"]
     for values in results["contenders"].values():
@@ -126,40 +112,9 @@ def test_the_training_benchmark_runs(perform: Perform, tmp_path: Path, capsys: p
     difference = results["largest difference between losses of the same step, without full fine-tuning"]
     assert 0 <= difference < 1e-2
     assert results["unadapted, images/s"] > 0 and results["merged to unadapted"] > 0
-    assert results["tiny CLIP in chunks of 128, ms per pair in a batch of 16"] > 0
     table = (tmp_path / "results" / "benchmark-cpu.md").read_text()
     assert "| step, pairs/s |" in table and f"- command: `{results['command']}`" in table
     assert "peak memory, GiB" in capsys.readouterr().out
-
-
-def test_the_memory_curve_says_what_was_not_measured(perform: Perform, tmp_path: Path) -> None:
-    """Catches figures of a T4 from a machine without a GPU, and a limit that leaves out what grows with the batch."""
-    results = perform(memory.Memory)
-    first, last = results["curve"]["in chunks"]
-    assert (last["batch"], last["features"], last["logits"]) == (8, 2 * 8 * 128 * 4, 8 * 8 * 4)
-    assert last["pixels"] == 2 * first["pixels"] == 8 * 3 * 112**2
-    assert len(results["T4"]) == 3 and set(results["T4"].values()) == {"not measured"}
-    with Image.open(tmp_path / "results" / "memory_curve.png") as image:
-        assert image.width > 400
-
-
-@pytest.mark.parametrize(("checkpointing", "text"), [("off", "without checkpointing"), ("on", "with checkpointing")])
-def test_steps_follow_the_plan(checkpointing: Any, text: str) -> None:
-    """Catches GPU rows whose code never ran without one: only the device differs."""
-    result = memory.train(Config(batch_size=24, chunk_size=8, checkpointing=checkpointing, fragments=1))
-    assert result is not None and result["batch"] == 24
-    assert result["plan"] == f"in 3 chunks of up to 8, {text}"
-    assert result["forecast"] > 0 and result["peak"] > 0 and result["ms"] > 0
-
-
-def test_a_batch_that_does_not_fit_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a benchmark that ends with the first row that a T4 cannot hold."""
-
-    def too_large(*_: Any) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(memory, "contrastive_backward", too_large)
-    assert memory.train(Config(batch_size=16)) is None
 
 
 def test_a_measurement_runs_in_a_fresh_process() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import train
 from clip_medical import cli, load_clip
+from clip_medical.config import parse
 from experiments.common import ROOT_OF_PROJECT as ROOT
 
 PAGES = [
@@ -66,7 +66,7 @@ def test_commands_parse(page: str, program: str, flags: str) -> None:
     words = shlex.split(flags)
     if program == "train.py":
         if words != ["--help"]:
-            train.parse(words)
+            parse(words)
         return
     name = program.removeprefix("-m ")
     if "NAME" in name:  # a placeholder
