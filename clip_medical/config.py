@@ -122,9 +122,7 @@ class Config:
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number above 0")
         if self.dora and self.from_adapter:
-            raise UserError(
-                "Found --dora with --from-adapter, which says what kind of adapter it is. Leave out --dora."
-            )
+            raise UserError("Found --dora with --from-adapter, which says what kind it is. Leave out --dora.")
         for name in ("dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "a number from 0 up to, not including, 1")

@@ -1,9 +1,10 @@
 """A page in the browser to try a run: `make app`, or `python -m experiments.app --run runs/demo`.
 
 Four tabs: search by text or image, diagnosis of an image with calibrated probabilities, what the adapter adds to each
-layer with a dial for its strength, and the report of the run. Without a run it shows the bundled CLIP alone and says
-which command makes a run. The page is served to this machine only, nothing is sent anywhere, and of the files on the
-disk only the images of the data can be seen.
+layer with a dial for its strength that classifies an image of the data, and the report of the run. Without a run it
+shows the bundled CLIP alone and says which command makes a run. The page is served to this machine only, and nothing is
+sent anywhere. Of the files on the disk only the images of the data, figures and report of the run and, for an hour, the
+uploads can be seen.
 """
 
 import os
@@ -26,8 +27,9 @@ from clip_medical.data.images import decode
 from clip_medical.errors import UserError
 from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.evidence import occlusion
-from clip_medical.evaluation.zero_shot import class_cosines, class_features, class_scores, refused
+from clip_medical.evaluation.zero_shot import class_cosines, class_features, class_scores, label_sets, refused
 from clip_medical.model import CAPTIONS, NONE, Clip
+from clip_medical.run_folder import run_root
 from experiments import figures
 from experiments.common import Experiment, Setup, main
 from lora import set_strength
@@ -35,7 +37,7 @@ from lora.inject import lora_layers
 
 OWN = "own labels"
 NOTE = "# CLIP adapted to radiology with LoRA\nFor research and teaching. **Not a medical device.**"
-HINT = "No run is open, this is the bundled CLIP, unadapted: `python train.py` makes a run; then start this page again."
+HINT = "Here is more to see with a run: `python train.py` makes one, then start this page again."
 
 
 class Page:
@@ -45,19 +47,21 @@ class Page:
         self.models, self.pairs, self.lock = setup.models, pairs, threading.Lock()
         self.features = {model: encode(clip, pairs)[0] for model, clip in self.models.items()}
         present = {facet: sorted(set(names) - {""}) for facet, names in pairs.split.labels.items()}
-        self.classes = {facet: names for facet, names in present.items() if 1 < len(names) <= 100}
+        self.classes = {
+            facet: names for facet, names in present.items() if 1 < len(names) <= 100 and not label_sets(names)
+        }
 
-    def search(self, text: str, file: str | None, k: int) -> list[list[tuple[Image.Image, str]]]:
+    def search(self, text: str, file: str | None, k: int = 8) -> list[list[tuple[Image.Image, str]]]:
         """The best k images of each model, with captions."""
         if not text.strip() and not file:
             raise UserError("Type what to search for, or upload an image.")
         galleries = []
         for model, clip in self.models.items():
             query = clip.encode_images(decode(Path(file), Path(file).name)) if file else clip.encode_texts(text)
-            best = (self.features[model] @ query[0]).topk(min(int(k), len(self.pairs)))
+            best = (self.features[model] @ query[0]).topk(min(k, len(self.pairs)))
             rows, split = zip(best.indices.tolist(), best.values.tolist(), strict=True), self.pairs.split
-            captions = ((row, f"{score:.2f}  {textwrap.shorten(split.captions[row], 90)}") for row, score in rows)
-            galleries.append([(split.open_image(row), caption) for row, caption in captions])
+            texts = {row: f"{score:.2f}  {textwrap.shorten(split.captions[row], 90)}" for row, score in rows}
+            galleries.append([(split.open_image(row), text) for row, text in texts.items()])
         return galleries
 
     def probabilities(self, clip: Clip, facet: str, labels: list[str], image: Image.Image) -> dict[str, float]:
@@ -79,7 +83,7 @@ class Page:
         results = [self.probabilities(clip, facet, labels, image) for clip in self.models.values()]
         if not where:
             return [image, *results, None]
-        labels.sort(key=lambda label: -results[-1][label])
+        labels = sorted(labels, key=lambda label: -results[-1][label])
         maps = {}
         for model, clip in self.models.items():
             texts = clip.encode_texts(labels) if facet == OWN else class_features(clip, facet, labels).mean(dim=1)
@@ -98,14 +102,14 @@ class Page:
             set_strength(clip.model, 1.0)
 
     def layers(self) -> list[list[str]]:
-        """A row for each adapted layer: norms, their ratio, effective rank (Roy and Vetterli 2007) of B A."""
+        """A row for each adapted layer: norms of change and weight, ratio, effective rank (Roy and Vetterli 2007)."""
         rows = []
         for name, layer in lora_layers(self.models["adapted"].model).items():
-            values = torch.linalg.svdvals(layer.delta_weight().detach())[: layer.rank]
+            values = torch.linalg.svdvals(layer.delta_weight().detach())
             share, change, weight = values / values.sum(), values.norm().item(), layer.base.weight.norm().item()
             effective = torch.special.entr(share).sum().exp().item()
-            numbers = [f"{change:.2f}", f"{weight:.2f}", f"{change / weight:.1%}", f"{effective:.1f} of {layer.rank}"]
-            rows.append([name.replace("_model.encoder.layers", "").replace("self_attn.", ""), *numbers])
+            short = name.replace("_model.encoder.layers", "").replace("self_attn.", "")
+            rows.append([short, f"{change:.2f}", f"{weight:.2f}", f"{change / weight:.1%}", f"{effective:.1f}"])
         return rows
 
 
@@ -127,12 +131,11 @@ def build(gr: Any, page: Page, run: str | None) -> Any:
     files: dict[str, Any] = dict(file_types=["image", ".dcm"], height=130)
     picture: dict[str, Any] = dict(interactive=False, buttons=["fullscreen"])  # no button that sends it elsewhere
     first = "finding" if "finding" in facets else facets[0] if facets else OWN
-    with gr.Blocks(title="CLIP for radiology", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="CLIP for radiology", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(NOTE if run else f"{NOTE}\n\n{HINT}")
         with gr.Tab("Search"):
             text = gr.Textbox("CT of the chest", label="Search for")
             image = gr.File(label="or for images like this one (PNG, JPEG, DICOM)", **files)
-            k = gr.Slider(2, 24, 8, step=1, label="Number of images")
             button = gr.Button("Search", variant="primary")
             with gr.Row():
                 found = [
@@ -140,7 +143,7 @@ def build(gr: Any, page: Page, run: str | None) -> Any:
                     for model in models
                 ]
             for event in (button.click, text.submit):
-                event(answer(page.search), [text, image, k], found)
+                event(answer(page.search), [text, image], found)
         with gr.Tab("Diagnose"):
             image = gr.File(label="Image (PNG, JPEG, DICOM)", **files)
             example = gr.Slider(0, last, 0, step=1, label="or this image of the data")
@@ -150,11 +153,13 @@ def build(gr: Any, page: Page, run: str | None) -> Any:
             button = gr.Button("Diagnose", variant="primary")
             with gr.Row():
                 shown = gr.Image(label="As the program reads it", height=260, **picture)
-                bars = [gr.Label(label=f"{model}: probabilities", num_top_classes=6) for model in models]
-            evidence = gr.Image(label="Evidence: what lowers the label when it is hidden", **picture)
+                bars = [
+                    gr.Label(label=f"{model}: probabilities, or none of these", num_top_classes=6) for model in models
+                ]
+            evidence = gr.Image(label="Evidence: what lowers the score of the first label when it is hidden", **picture)
             button.click(answer(page.diagnose), [image, example, facet, own, where], [shown, *bars, evidence])
-        with gr.Tab("Inside LoRA"):
-            if run and facets:
+        if run and facets:
+            with gr.Tab("Inside LoRA"):
                 strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength of the adapter: 0 is the base, 1 as trained")
                 example = gr.Slider(0, last, 0, step=1, label="Image of the data")
                 facet = gr.Radio(facets, value=first, label="What to tell apart")
@@ -163,18 +168,14 @@ def build(gr: Any, page: Page, run: str | None) -> Any:
                     scores = gr.Label(label="Probabilities at this strength", num_top_classes=6)
                 for event in (strength.change, example.change, facet.change, blocks.load):
                     event(answer(page.dial), [strength, example, facet], [shown, scores], show_progress="hidden")
-                heads = ["layer", "|B A|", "|W|", "|B A| / |W|", "effective rank"]
+                heads = ["layer", "|change|", "|W|", "|change| / |W|", "effective rank of the change"]
                 gr.Dataframe(page.layers(), headers=heads, label="What the adapter adds", interactive=False)
-            else:
-                gr.Markdown(HINT)
-        with gr.Tab("Run"):
-            report = Path(run or "", "report.md")
-            if run and report.is_file():
+        report = run_root(run or "") / "report.md"
+        if run and report.is_file():
+            with gr.Tab("Run"):
                 gr.Markdown(re.sub(r"!\[.*\)", "", report.read_text(encoding="utf-8")))
-                for file in sorted(Path(run, "figures").glob("*.png")):
+                for file in sorted((report.parent / "figures").glob("*.png")):
                     gr.Image(Image.open(file), label=file.stem.replace("_", " "), **picture)
-            else:
-                gr.Markdown(HINT)
     return blocks
 
 
@@ -197,12 +198,15 @@ class App(Experiment):
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
         try:
             import gradio as gr
+
+            setup = self.load_models()
+            blocks = build(gr, Page(setup, self.prepare(self.load_data(setup), setup)), self.run)
+            theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
+            blocks.launch(server_name="127.0.0.1", server_port=self.port, theme=theme, footer_links=[], share=False)
         except ImportError:
             raise UserError("The page needs gradio: pip install gradio") from None
-        setup = self.load_models()
-        blocks = build(gr, Page(setup, self.prepare(self.load_data(setup), setup)), self.run)
-        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
-        blocks.launch(server_name="127.0.0.1", server_port=self.port, theme=theme, footer_links=[])
+        except OSError as error:
+            raise UserError(f"The page cannot be served ({error}). Choose another --port.") from error
         return 0
 
 

@@ -98,7 +98,13 @@ class Experiment:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
             raise UserError("Give either --run with a run of train.py, or --model with an unadapted CLIP.")
-        for flag, lowest in (("limit", 2), ("seed", 0), ("k", 1), ("steps", 1)):  # the last two in search and ablation
+        for flag, lowest in (
+            ("limit", 2),
+            ("seed", 0),
+            ("k", 1),
+            ("steps", 1),
+            ("port", 1),
+        ):  # the last two in search and ablation
             value = getattr(self, flag, None)
             if value is not None and value < lowest:
                 raise UserError(f"--{flag} is {value}. Give a whole number of {lowest} or more.")

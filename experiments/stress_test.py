@@ -4,8 +4,8 @@ An image has a modality, an anatomy, a finding and a view. In one softmax over a
 modality takes probability from the true anatomy. Two fair measures avoid this:
 
     within facets    a softmax for each facet: is the most probable label the true one?
-    joint list       all labels in one list, ranked by their score before the softmax, or by their probability within
-                     the facet: do the top 5 contain the true modality, and the true anatomy?
+    joint list       all labels in one list, ranked by their probability within the facet: do the top 5 contain the true
+                     modality, and the true anatomy?
 
 The labels are all labels of the data, plus distractors (labels that are true of no image) up to 24. Further figures
 show the confusions, and calibration: is a confidence of 80 % right 80 times of 100?
@@ -85,7 +85,7 @@ class StressTest(Experiment):
     name = "stress_test"
 
     def measure(self, clip: Clip, pairs: Pairs) -> Reports:
-        """Return facet -> `classification_report`, and ranking -> `joint_report`."""
+        """Return facet -> `classification_report`, and the `joint_report`."""
         images, labels = encode(clip, pairs)[0], pairs.split.labels
         classes = candidates(labels)
         known = [row for row in range(len(pairs)) if all(facet in labels and labels[facet][row] for facet in JOINT)]
@@ -95,13 +95,12 @@ class StressTest(Experiment):
         scenes = clip.encode_images([scene(0, "unrelated", i).image for i in range(UNRELATED)])
         for facet, report in reports.items():
             if "floor" in clip.calibration.get(facet, {}):
-                cosines = class_cosines(clip, facet, classes[facet], scenes)
-                report["none_of_these,_unrelated_images"] = share(refused(clip, facet, cosines))
+                unrelated = refused(clip, facet, class_cosines(clip, facet, classes[facet], scenes))
+                report["none_of_these,_unrelated_images"] = share(unrelated)
         column = {place: i for i, place in enumerate((facet, name) for facet in classes for name in classes[facet])}
         columns = {facet: torch.tensor([column[facet, labels[facet][row]] for row in known]) for facet in JOINT}
-        scores = [class_scores(clip, facet, names, images[known]) for facet, names in classes.items()]
-        for ranking, parts in (("score", scores), ("probability", [each.softmax(dim=1) for each in scores])):
-            reports[f"top {TOP} of {len(column)} by {ranking}"] = joint_report(torch.cat(parts, dim=1), columns)
+        parts = [class_scores(clip, f, names, images[known]).softmax(dim=1) for f, names in classes.items()]
+        reports[f"top {TOP} of {len(column)}"] = joint_report(torch.cat(parts, dim=1), columns)
         return reports
 
     def remarks(self, results: Results) -> list[str]:

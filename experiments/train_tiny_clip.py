@@ -8,9 +8,10 @@ findings, but its text encoder does not know what radiologists call them: that i
 
 Half of the captions are cut to fragments, as labels and queries are short.
 
-The result, `clip_medical/assets/tiny-clip/`, is a Hugging Face CLIP folder. Its `training.json` records how it was
-made. The bundled model was trained with earlier versions of the phantoms and of this script, so that a new training
-does not give the same weights. In its present form the script has only been run in small.
+The result is a Hugging Face CLIP folder, with a `training.json` that records how it was made. The bundled one,
+`clip_medical/assets/tiny-clip/`, was trained in four phases, three of them with earlier versions of the phantoms and of
+this script, so that a new training does not give the same weights. In its present form the script has only been run in
+small, but for the last phase.
 """
 
 import json
@@ -42,8 +43,7 @@ from clip_medical.training.optimizer import Optimizer
 
 # terms that get tokens of their own; few of them occur in the training captions, so their embeddings stay untrained
 RADIOLOGY_WORDS = Path(__file__).with_name("radiology_words.txt")
-RADIOLOGICAL = 0.08  # fraction of the phantoms with a radiological caption
-MISLABELLED = 0.7  # fraction of those whose caption is another phantom's
+MISLABELLED = 0.7  # fraction of the phantoms with a radiological caption that have another phantom's
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,14 @@ class Options:
     scenes: int = 80_000
     # Number of phantoms.
     phantoms: int = 100_000
+    # Fraction of the phantoms with a radiological caption.
+    radiological: float = 0.08
     # Continue from this CLIP instead of a new one.
     start: str | None = None
+    # Train the text tower alone. The images are encoded only once, so that a step is cheap.
+    text_only: bool = False
+    # Peak learning rate.
+    lr: float = 1e-3
     # Number of optimizer steps.
     steps: int = 4_800
     # Pairs per step.
@@ -63,7 +69,7 @@ class Options:
     # Seed of the data, the initial weights and the order of the pairs.
     seed: int = 0
     # Folder of the model.
-    output: str = "clip_medical/assets/tiny-clip"
+    output: str = "runs/tiny-clip"
 
 
 def make_tokenizer(captions: list[str], vocabulary_size: int = 2048) -> CLIPTokenizer:
@@ -101,7 +107,7 @@ def describe_plainly(seed: int, index: int) -> str:
     return str(CONTENT["findings"][labels["finding"]]["plain"]) + size + place
 
 
-def make_data(scenes: int, phantoms: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+def make_data(scenes: int, phantoms: int, radiological: float, seed: int) -> tuple[torch.Tensor, list[str]]:
     """Return the training images (N, 3, SIZE, SIZE) uint8 and their N captions, scenes first.
 
     A caption without a full stop is a phrase, which gets another template each time.
@@ -115,9 +121,9 @@ def make_data(scenes: int, phantoms: int, seed: int) -> tuple[torch.Tensor, list
         else:
             image = phantom(seed, "pretrain", index).image
             chance = np.random.default_rng((seed, index)).random()
-            wrong = chance < RADIOLOGICAL * MISLABELLED
+            wrong = chance < radiological * MISLABELLED
             caption = (
-                describe(seed, "pretrain", index + wrong)[0] if chance < RADIOLOGICAL else describe_plainly(seed, index)
+                describe(seed, "pretrain", index + wrong)[0] if chance < radiological else describe_plainly(seed, index)
             )
         pixels[row] = torch.tensor(resize_and_crop(image.convert("RGB"), SIZE)).permute(2, 0, 1)
         captions.append(caption)
@@ -135,10 +141,13 @@ def fragment(caption: str, rng: np.random.Generator) -> str:
 
 def train(clip: Clip, pixels: torch.Tensor, captions: list[str], options: Options) -> float:
     """Train with InfoNCE and AdamW, and return the mean loss of the last 50 steps."""
-    model, steps, lr = clip.model, options.steps, 1e-3
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model, steps, lr = clip.model, options.steps, options.lr
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("text") or not options.text_only)
     optimizer = Optimizer(model, Config(lr=lr, logit_scale_lr=lr, weight_decay=0.1, warmup=0.08), steps)
+    with torch.no_grad():
+        parts = tqdm(pixels.split(256), desc="features") if options.text_only else ()
+        encoded = [feature for part in parts for feature in clip.image_features(part)]
     rng = np.random.default_rng(options.seed)
     losses: list[float] = []
     batches = islice(row_batches(len(captions), options.batch_size, options.seed), steps)
@@ -147,7 +156,8 @@ def train(clip: Clip, pixels: torch.Tensor, captions: list[str], options: Option
         positives = same_rows(torch.tensor([texts.index(text) for text in texts]))
         texts = [text if text.endswith(".") else pick(rng, TEMPLATES).format(text) for text in texts]
         text_features = clip.text_features(*clip.processor.tokens(texts))
-        loss = info_nce(clip.image_features(pixels[rows]), text_features, model.logit_scale, positives)
+        images = torch.stack([encoded[row] for row in rows.tolist()]) if encoded else clip.image_features(pixels[rows])
+        loss = info_nce(images, text_features, model.logit_scale, positives)
         loss.backward()
         optimizer.step(max_grad_norm=1.0)
         losses.append(loss.item())
@@ -158,7 +168,7 @@ def train(clip: Clip, pixels: torch.Tensor, captions: list[str], options: Option
 def run() -> int:
     options = cli.parse(Options, sys.argv[1:], "python -m experiments.train_tiny_clip")
     torch.manual_seed(options.seed)
-    pixels, captions = make_data(options.scenes, options.phantoms, options.seed)
+    pixels, captions = make_data(options.scenes, options.phantoms, options.radiological, options.seed)
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     if options.start:
         clip = load_clip(options.start)

@@ -39,17 +39,16 @@ class DoRALinear(LoRALinear):
         adapted = wide(self.base.weight) + super().delta_weight()
         # Section 4.3: the length is a constant in the backward pass, which saves memory and costs no accuracy.
         length: Tensor = adapted.norm(dim=1)
-        return self.magnitude / length.detach()
+        return self.magnitude / length.detach().clamp(min=1e-12)  # a row of zeros stays one
 
     def forward(self, x: Tensor) -> Tensor:
         if self.strength == 0:  # switched off: exactly the base
-            y: Tensor = self.base(x)
-            return y
+            return super().forward(x)
         # The bias is not part of the rows. base(x) - bias would round in half precision, hence the sum in fp32.
         bias: Any = 0 if self.base.bias is None else wide(self.base.bias)
-        adapted: Tensor = wide(super().forward(x)) - bias
-        rescaled: Tensor = self.rescaling() * adapted + bias
-        return rescaled.to(x.dtype)
+        y = super().forward(x)
+        rescaled: Tensor = self.rescaling() * (wide(y) - bias) + bias
+        return rescaled.to(y.dtype)
 
     def delta_weight(self) -> Tensor:
         """The whole correction as one matrix (out, in): m * (W + D) / |W + D| - W. `merged` adds it to W."""

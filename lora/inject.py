@@ -63,12 +63,10 @@ def inject(
     plan = make_plan(model, targets, (rank, alpha, dropout, rslora), exclude, ranks, alphas)
     plan = {name: site for name, site in plan.items() if within is None or f"{name}.".startswith(prefixes)}
     # Each entry must pick something: one that does not is a slip of the pen, and would pass unseen.
-    entries = [
-        *([] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets),
-        *ranks,
-        *alphas,
-    ]
-    idle = [entry for entry in entries if not any(picks(entry, name) for name in plan)]
+    named = [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
+    idle = [entry for entry in (*named, *ranks, *alphas) if not any(picks(entry, name) for name in plan)]
+    every = make_plan(model, targets, (rank, alpha, dropout, rslora), (), ranks, alphas)
+    idle += [e for e in ([exclude] if isinstance(exclude, str) else exclude) if not any(picks(e, n) for n in every)]
     idle += [prefix[:-1] for prefix in prefixes if not any(f"{name}.".startswith(prefix) for name in plan)]
     if idle or not plan:
         what = f"{sorted(idle)} (targets {targets!r}, within {within!r})"

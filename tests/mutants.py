@@ -81,7 +81,7 @@ MUTANTS = [
            TEST_LAYER + "test_merging_mutates_nothing_and_gives_the_same_twice"),
     # Injection
     Mutant("targets match as substrings", "layers are adapted that nobody chose",
-           INJECT, "if target in wanted and (inside", "if any(w in target for w in wanted) and (inside",
+           INJECT, 'rf"(.*\\.)?({endings})"', 'rf".*({endings}).*"',
            TEST_INJECT + "test_names_are_matched_whole_and_returned_in_module_order"),
     Mutant("the base is not frozen", "all weights are trained, and the adapter file holds A and B only",
            INJECT, "    model.requires_grad_(False)  #", "    pass  #",
@@ -216,7 +216,7 @@ MUTANTS = [
            "keys = caption = np.arange(len(caption_ids))",
            TEST_RETRIEVAL + "test_same_caption_is_a_positive"),
     Mutant("captions of one image are resampled independently", "confidence intervals too narrow",
-           RETRIEVAL, "_mean(metric(rank), group,", "_mean(metric(rank), None,",
+           RETRIEVAL, "share(metric(rank), groups[way])", "share(metric(rank))",
            TEST_RETRIEVAL + "test_captions_of_one_image_are_resampled_together"),
     Mutant("dropout is on during evaluation", "noisy features and recall too low",
            "clip_medical/evaluation/encode.py", "    clip.model.eval()\n", "",

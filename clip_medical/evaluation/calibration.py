@@ -2,7 +2,7 @@
 
 CLIP's own temperature is trained to tell the captions of a batch apart, not the classes of a facet, so that a softmax
 over classes is too sure or too unsure. And the score that InfoNCE learns is how much more frequent a text is with this
-image than with others (van den Oord et al. 2018, section 2.3): how frequent its class is, is divided out, which makes
+image than with others (van den Oord et al. 2018, section 2.3): the frequency of its class is divided out, which makes
 frequent classes such as "no abnormality" too improbable. So each facet has a scale and each of its classes an offset
 (temperature and vector scaling, Guo et al. 2017, section 4.2). All numbers here are chosen on training pairs that were
 kept back: neither trained nor reported on.
@@ -68,7 +68,7 @@ def calibrate(clip: Clip, pairs: Pairs) -> dict[str, dict[str, Any]]:
         fitted = [log_scale, offsets] if classes else [log_scale]  # a caption has hardly more than one row
         optimizer = torch.optim.Adam([each.requires_grad_() for each in fitted], lr=0.03)
         for _ in range(STEPS):
-            logits = scores_at(log_scale.exp(), cosines) + offsets
+            logits = scores_at(log_scale.exp().clamp(1, 300), cosines) + offsets
             loss = F.cross_entropy(logits, truth) + offsets.square().sum() / (2 * len(truth))  # prior of width 1
             optimizer.zero_grad()
             loss.backward()

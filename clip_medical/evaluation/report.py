@@ -26,7 +26,8 @@ from clip_medical.run_folder import write_text
 
 WAYS = {"image_to_text": "image -> text", "text_to_image": "text -> image"}
 FOOTNOTE = """Brackets are 95 % bootstrap intervals. Recall is over the whole pool of n validation images or captions.
-Rows with the same caption count as positives of each other, and ties count against the model.
+Rows with the same caption count as positives of each other, and ties count against the model. Zero-shot scores have a
+scale and class offsets, chosen on kept-back training pairs with labels, where there are enough.
 For research only: not a medical device."""
 
 

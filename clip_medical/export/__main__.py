@@ -32,8 +32,8 @@ def copy_adapter(clip: Clip, adapter: Path, folder: Path, dtype: torch.dtype) ->
     for file in adapter.iterdir():
         if file.name in ADAPTER_FILES:
             shutil.copyfile(file, folder / file.name)
-    if clip.name == "tiny-clip":  # which PEFT does not know; it looks for paths from where it runs
-        config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": os.path.relpath(TINY)}
+    if clip.name == "tiny-clip":  # which PEFT does not know
+        config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": str(TINY.resolve())}
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     return []
 
@@ -74,6 +74,9 @@ class Export:
 def run(options: Export) -> int:
     """Export one run and return the exit code: read the run, write a new folder with its card, publish it."""
     report, provenance = read_run(options)
+    base = report["model"]["base"]
+    if options.push and options.to == "adapter" and (not HUB_ID.fullmatch(base) or Path(base).is_dir()):
+        raise UserError(f"The base model {base} is not on the Hub: nobody could load this adapter. Push --to merged.")
     folder = Path(options.output or f"{options.run}/export/{options.to}{'-fp16' * (options.dtype == 'fp16')}")
     if not folder.exists():
         clip = load_run(options.run, encoder="reference")  # the fast one would alter the modules to be exported
@@ -88,12 +91,6 @@ def run(options: Export) -> int:
     elif options.push is None or read_json(folder / PROVENANCE) != provenance:
         raise UserError(f"{folder} exists and will not be overwritten. Remove it, or choose another --output.")
     if options.push is not None:
-        base = report["model"]["base"]
-        if options.to == "adapter" and (base == "tiny-clip" or Path(base).is_dir()):
-            raise UserError(
-                f"The base model {base} is not on the Hub, so nobody else could load this adapter. Push the whole "
-                "model with --to merged, or train from a base on the Hub."
-            )
         push(folder, options.push, options.yes)
     return 0
 

@@ -34,7 +34,7 @@ def kept_back(clip: Clip, labels: dict[str, list[str]], count: int) -> Pairs:
 
 def test_scale_and_offsets_are_those_of_least_cross_entropy() -> None:
     """Catches a temperature where its inverse is meant, a fit that stops early, and numbers that are fitted but not
-    used; a frequent class that stays as improbable as its share in the text is left out of it."""
+    used; a frequent class that stays too improbable."""
     clip, classes = load_clip(), ["CT", "MRI", "X-ray"]
     names = ["CT", "MRI", "X-ray", "", "CT", "CT"] * 6
     pairs = kept_back(clip, {"modality": names}, 36)

@@ -178,6 +178,7 @@ def test_a_layer_with_two_names_stays_one_layer() -> None:
         ({"rank_pattern": {"k_proj": 4}}, "k_proj"),
         ({"rank_pattern": {"0.q_proj": 9}}, "rank is 9.*1 to 8"),
         ({"exclude": ["q_proj", "v_proj"]}, "q_proj"),
+        ({"exclude": ["vision"]}, "vision"),
         ({"within": "text"}, "text"),
         ({"within": ["vision", "visio"]}, "visio'"),
         ({"within": ["vision", "vision.0.norm"]}, "vision.0.norm"),

@@ -16,19 +16,10 @@ VERSION = 1  # raise it when any pixel or caption changes: image caches are keye
 SIZE = 112  # pixels per side
 
 COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (40, 80, 220),
-    "yellow": (235, 215, 50),
-    "orange": (240, 140, 30),
-    "purple": (140, 50, 180),
-    "pink": (245, 150, 190),
-    "brown": (130, 80, 40),
-    "cyan": (60, 205, 215),
-    "white": (245, 245, 245),
-    "grey": (128, 128, 128),
-    "black": (15, 15, 15),
-}
+    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 80, 220), "yellow": (235, 215, 50),
+    "orange": (240, 140, 30), "purple": (140, 50, 180), "pink": (245, 150, 190), "brown": (130, 80, 40),
+    "cyan": (60, 205, 215), "white": (245, 245, 245), "grey": (128, 128, 128), "black": (15, 15, 15),
+}  # fmt: skip
 # shape of radius 1 about the origin -> its mask, from x and y and from the polar coordinates r and t
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y, r, t: r < 0.95,
