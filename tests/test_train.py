@@ -28,7 +28,7 @@ from clip_medical.data.dataset import load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import evaluate
 from clip_medical.model import Clip
-from clip_medical.run_folder import choose_folder
+from clip_medical.run_folder import choose_folder, load_base
 from clip_medical.training import trainer as trainer_module
 from lora import DoRALinear
 from lora.inject import lora_layers
@@ -82,7 +82,7 @@ def test_a_run_leaves_the_files_of_its_contract(finished: Path) -> None:
         row = report[model]["retrieval"]["image_to_text"]["recall@10"]
         assert row["low"] <= row["value"] <= row["high"] and 0 < row["chance"] < 1
         assert set(report[model]["zero_shot"]) == {"modality", "anatomy", "finding", "view"}
-    assert report["unadapted"]["retrieval"]["pool"] == report["data"]["validation pairs"] == 40
+    assert report["unadapted"]["retrieval"]["text_to_image"]["queries"] == report["data"]["validation pairs"] == 40
     assert report["data"]["training pairs"] == 40
     assert float(report["training"]["time spent waiting for data"].rstrip("%")) < 100
     config = json.loads((finished / "config.json").read_text())
@@ -96,7 +96,7 @@ def test_the_unadapted_row_is_the_base_and_the_adapted_row_is_not(finished: Path
     assert (load_clip().encode_images(images) - load_run(finished).encode_images(images)).abs().max() > 1e-4
     report = json.loads((finished / "report.json").read_text())
     config = Config(**{k: v for k, v in json.loads((finished / "config.json").read_text()).items() if k != "preset"})
-    base = load_clip()
+    base = load_base(load_run(finished), finished)
     data = load_data(config.data, limit=config.limit, seed=config.seed)
     results = json.loads(json.dumps(evaluate(base, prepare(data.validation, base.processor, "validation")).results))
     assert report["unadapted"] == results != report["adapted"]

@@ -19,7 +19,7 @@ from clip_medical.data.batches import prepare
 from clip_medical.data.dataset import load_data
 from clip_medical.errors import UserError
 from clip_medical.model import NONE, load_clip
-from experiments import app
+from experiments import figures
 from experiments.app import OWN, Page
 from experiments.common import Setup
 from lora import adapter_parameters, inject
@@ -57,8 +57,13 @@ def test_diagnosis_with_facets_and_with_own_labels(page: Page, tmp_path: Path, m
     assert by_upload[1:] == page.diagnose(None, 5, "modality", "", False)[1:] and by_upload[3] is None
     assert sum(by_upload[2].values()) == pytest.approx(1) and set(by_upload[2]) == set(page.classes["modality"])
     explained: list[str] = []
-    draw = app.figures.evidence
-    monkeypatch.setattr(app.figures, "evidence", lambda *given: explained.append(given[1]) or draw(*given))
+    draw = figures.evidence
+
+    def spy(image: Image.Image, label: str, *others: Any) -> None:
+        explained.append(label)
+        draw(image, label, *others)
+
+    monkeypatch.setattr(figures, "evidence", spy)
     shown = page.diagnose(None, 0, OWN, "CT of the head\n\n X-ray of the chest \nCT of the head", True)
     assert set(shown[1]) == {"CT of the head", "X-ray of the chest"} and shown[3].width > 300
     assert explained == [max(shown[2], key=lambda label: shown[2][label])]
