@@ -205,7 +205,7 @@ class App(Experiment):
             blocks.launch(server_name="127.0.0.1", server_port=self.port, theme=theme, footer_links=[], share=False)
         except ImportError:
             raise UserError("The page needs gradio: pip install gradio") from None
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise UserError(f"The page cannot be served ({error}). Choose another --port.") from error
         return 0
 

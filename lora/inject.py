@@ -194,16 +194,15 @@ def own_parameters(layer: LoRALinear) -> dict[str, nn.Parameter]:
 
 
 class ParameterCount(NamedTuple):
+    """Numbers of parameters, shared ones counted once."""
+
     trainable: int  # with requires_grad
     total: int  # of the base model, adapters not included
     percent: float  # 100 * trainable / total
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count parameters, shared ones once.
-
-    CLIP ViT-B/32 with r = 8 on q_proj and v_proj of both towers: trainable 491,520, total 151,277,313, percent 0.32.
-    """
+    """CLIP ViT-B/32, r = 8 on q_proj and v_proj of both towers: trainable 491,520, total 151,277,313, percent 0.32."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = sum(p.numel() for layer in lora_layers(model).values() for p in own_parameters(layer).values())
     total = sum(p.numel() for p in model.parameters()) - added

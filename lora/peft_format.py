@@ -165,7 +165,7 @@ def _plan(model: nn.Module, config: Mapping[str, Any]) -> Plan:
         names, wanted = config["layers_pattern"] or r"[^.]*", [numbers] if isinstance(numbers, int) else list(numbers)
         before = names if isinstance(names, str) else "|".join(names)  # the number of the layer; in PEFT's default any
         found = {name: re.match(rf".*\.(?:{before})\.(\d+)\.", name) for name in plan}
-        return {name: plan[name] for name, match in found.items() if match and int(match[1]) in wanted}
+        return {name: plan[name] for name, match in found.items() if match and int(match.groups()[-1]) in wanted}
     except (re.error, TypeError, AttributeError) as error:
         fields = {field: config[field] for field in SELECTION if config[field] not in EMPTY}
         raise LoRAError(f"found {fields}, expected target_modules, all as PEFT writes them ({error})") from None

@@ -1,6 +1,7 @@
 """Comparison with Hugging Face PEFT: equal outputs from the same weights, equal files, equal training."""
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     "without a regex": {"exclude_modules": r"vision_model\..*q_proj"},
     "one layer": {"layers_to_transform": 1},
     "some layers": {"layers_to_transform": [0, 7], "layers_pattern": "layers"},
+    "layers of several names": {"layers_to_transform": 1, "layers_pattern": ["layers", "blocks"]},
     "rank above a width": {"target_modules": ["visual_projection"], "r": 30},
 }
 
@@ -176,6 +178,14 @@ def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 50) -> 
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def test_a_group_in_the_pattern_of_layers_is_no_number(tmp_path: Path) -> None:
+    """Catches the name of the layers taken for their number, which ends in a traceback."""
+    peft_model(layers_to_transform=1).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers_pattern": "(layers|blocks)"}))
+    assert all(".layers.1." in name for name in load_adapter(make_clip(), tmp_path))
 
 
 def test_automodel_of_peft_loads_our_adapter_with_its_base(tmp_path: Path) -> None:
