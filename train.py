@@ -27,7 +27,7 @@ from clip_medical.evaluation.table import as_text, comparison
 from clip_medical.model import load_clip
 from clip_medical.run_folder import CALIBRATION, choose_folder, load_base, load_run, save_run, trained_on, write_text
 from clip_medical.training import distributed
-from clip_medical.training.device import choose_device, choose_precision
+from clip_medical.training.device import choose_device
 from clip_medical.training.logging import METRICS
 from clip_medical.training.loss import info_nce
 from clip_medical.training.memory import keep_freed_memory
@@ -39,8 +39,7 @@ from lora.inject import lora_layers
 def run(preset: str, config: Config) -> int:
     """Train and report one adapter. Returns the exit code: 0 done, 130 stopped by hand with the work saved."""
     folder = distributed.from_rank_0(lambda: choose_folder(preset, config))
-    device = choose_device()
-    dtype, why = choose_precision(config.precision, device)
+    device, dtype, why = choose_device(config.precision)
     keep_freed_memory(device)
     torch.manual_seed(config.seed)
 

@@ -38,6 +38,7 @@ from clip_medical.evaluation import plots
 from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.retrieval import pair_ranks, share
 from clip_medical.evaluation.table import Row, as_text, comparison
+from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip, load_clip
 from clip_medical.run_folder import read_json
 from clip_medical.training.grad_cache import contrastive_backward
@@ -52,8 +53,8 @@ UNADAPTED, LINEAR, FULL = "unadapted", "linear map on frozen features", "full fi
 MAX_RATES = 6  # learning rates tried for one variant
 SHAPES = 512  # images
 K, SHAPES_K = 10, 1  # of Recall@K on radiology and on shapes, chosen so that neither is near 0 or 100 %
-MEASURES = {"recall": f"Recall@{K}", "shapes": f"Recall@{SHAPES_K} of shapes"}
-plots.COLOURS |= dict(zip(MEASURES.values(), (plots.ADAPTED, plots.ACCENT), strict=True))
+MEASURES = {"recall": f"Recall@{K}", "finding": "zero-shot finding", "shapes": f"Recall@{SHAPES_K} of shapes"}
+plots.COLOURS |= dict(zip(MEASURES.values(), (plots.ADAPTED, plots.UNADAPTED, plots.ACCENT), strict=True))
 
 
 class Variant(NamedTuple):
@@ -150,7 +151,7 @@ def choose_lr(bench: Bench, variant: Variant) -> dict[str, Any]:
 
 def measure(bench: Bench, variant: Variant | None = None, lr: float = 0.0) -> dict[str, Any]:
     """Train a variant on all training pairs, and measure the recall of validation pairs and of shapes, over both
-    directions; without a variant that of the unadapted model.
+    directions, and zero-shot accuracy on findings, uncalibrated; without a variant that of the unadapted model.
 
     "hits" has a digit for each pair, the number of directions in which it is found, so that variants can be compared
     pair by pair.
@@ -158,10 +159,13 @@ def measure(bench: Bench, variant: Variant | None = None, lr: float = 0.0) -> di
     clip = fit(bench, variant, lr, torch.arange(len(bench.train))) if variant else bench.base()
     row: dict[str, Any] = {"trained": count_parameters(clip.model).trainable if variant else 0, "lr": lr}
     for key, k, pairs in (("recall", K, bench.validation), ("shapes", SHAPES_K, bench.shapes)):
-        ranks = pair_ranks(*encode(clip, pairs), pairs.caption_ids, pairs.image_ids)
+        images, texts = encode(clip, pairs)
+        ranks = pair_ranks(images, texts, pairs.caption_ids, pairs.image_ids)
         image = torch.unique(pairs.image_ids, return_inverse=True)[1]
         hits = (ranks["image_to_text"].rank[image] < k).long() + (ranks["text_to_image"].rank < k)
         row[key] = share(hits / 2, pairs.image_ids) | {"hits": "".join(map(str, hits.tolist()))}
+        reports = zero_shot_report(clip, images, {"finding": pairs.split.labels.get("finding", [])})
+        row |= {facet: report["accuracy"] for facet, report in reports.items() if "accuracy" in report}
     return row
 
 
@@ -179,7 +183,7 @@ def table_rows(pairs: Pairs, rows: dict[str, dict[str, Any]], reference: str) ->
     table = []
     for name, row in rows.items():
         columns = {"trained (1,000)": {"value": row["trained"] / 1000}, "lr": {"value": round(row["lr"], 6)}}
-        columns |= {label: row[key] for key, label in MEASURES.items()}
+        columns |= {label: row[key] for key, label in MEASURES.items() if key in row}
         columns[f"minus {reference}"] = difference(pairs, row, rows[reference])
         table.append(Row(name, columns, len(pairs)))
     return table
@@ -231,13 +235,11 @@ class Ablation(Experiment):
             rate = stored("rates", variant.name, partial(choose_lr, bench, variant))
             rows[variant.name] = stored("variants", variant.name, partial(measure, bench, variant, rate["lr"]))
             if rate["at the edge"]:
-                print(
-                    f"{variant.name}: lr {rate['lr']:.2g} is at the edge of those tried. A better one may lie beyond."
-                )
+                print(f"{variant.name}: lr {rate['lr']:.2g} is at the edge of those tried. Others may be better.")
 
         table = table_rows(bench.validation, rows, reference.name)
         print(as_text(comparison(table)))
-        measures = [Row(name, {label: of[label] for label in MEASURES.values()}, n) for name, of, n in table]
+        measures = [Row(name, {x: of[x] for x in MEASURES.values() if x in of}, n) for name, of, n in table]
         plots.share_bars(measures, "%, both directions, 95 % interval", setup.folder / "ablation.png")
         self.save(setup, self.name, results, "ablation.png")
         return 0

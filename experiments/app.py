@@ -47,9 +47,7 @@ class Page:
         self.models, self.pairs, self.lock = setup.models, pairs, threading.Lock()
         self.features = {model: encode(clip, pairs)[0] for model, clip in self.models.items()}
         present = {facet: sorted(set(names) - {""}) for facet, names in pairs.split.labels.items()}
-        self.classes = {
-            facet: names for facet, names in present.items() if 1 < len(names) <= 100 and not label_sets(names)
-        }
+        self.classes = {f: names for f, names in present.items() if 1 < len(names) <= 100 and not label_sets(names)}
 
     def search(self, text: str, file: str | None, k: int = 8) -> list[list[tuple[Image.Image, str]]]:
         """The best k images of each model, with captions."""
@@ -138,10 +136,8 @@ def build(gr: Any, page: Page, run: str | None) -> Any:
             image = gr.File(label="or for images like this one (PNG, JPEG, DICOM)", **files)
             button = gr.Button("Search", variant="primary")
             with gr.Row():
-                found = [
-                    gr.Gallery(label=f"{model}: cosine, best first", columns=2, buttons=["fullscreen"])
-                    for model in models
-                ]
+                grid: dict[str, Any] = dict(columns=2, buttons=["fullscreen"])
+                found = [gr.Gallery(label=f"{model}: cosine, best first", **grid) for model in models]
             for event in (button.click, text.submit):
                 event(answer(page.search), [text, image], found)
         with gr.Tab("Diagnose"):
@@ -153,9 +149,7 @@ def build(gr: Any, page: Page, run: str | None) -> Any:
             button = gr.Button("Diagnose", variant="primary")
             with gr.Row():
                 shown = gr.Image(label="As the program reads it", height=260, **picture)
-                bars = [
-                    gr.Label(label=f"{model}: probabilities, or none of these", num_top_classes=6) for model in models
-                ]
+                bars = [gr.Label(label=f"{m}: probabilities, or none of these", num_top_classes=6) for m in models]
             evidence = gr.Image(label="Evidence: what lowers the score of the first label when it is hidden", **picture)
             button.click(answer(page.diagnose), [image, example, facet, own, where], [shown, *bars, evidence])
         if run and facets:

@@ -98,13 +98,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
             raise UserError("Give either --run with a run of train.py, or --model with an unadapted CLIP.")
-        for flag, lowest in (
-            ("limit", 2),
-            ("seed", 0),
-            ("k", 1),
-            ("steps", 1),
-            ("port", 1),
-        ):  # the last two in search and ablation
+        smallest = {"limit": 2, "seed": 0, "k": 1, "steps": 1, "port": 1, "images": 1}  # the last four not everywhere
+        for flag, lowest in smallest.items():
             value = getattr(self, flag, None)
             if value is not None and value < lowest:
                 raise UserError(f"--{flag} is {value}. Give a whole number of {lowest} or more.")
@@ -154,7 +149,7 @@ class Experiment:
 
     def load_models(self) -> Setup:
         """Load the models in fp32, on the GPU where there is one."""
-        device = choose_device()
+        device, _, _ = choose_device("fp32")
         if self.run is not None:
             adapted = runs.load_run(self.run, device, base=self.base)
             models = {"unadapted": runs.load_base(adapted, self.run), "adapted": adapted}
@@ -189,10 +184,8 @@ class Experiment:
         """
         flags = "image_column", "caption_column", "template", "image_root"
         given = {name: value for name in flags if (value := getattr(self, name)) is not None}
-        root = runs.run_root(self.run) if self.run else Path()
-        expected = (
-            runs.read_json(root / "adapter" / runs.PROVENANCE).get("data", {}).get("fingerprint") if self.run else None
-        )
+        provenance = runs.run_root(self.run) / "adapter" / runs.PROVENANCE if self.run else Path()
+        expected = runs.read_json(provenance).get("data", {}).get("fingerprint")
         data = None
         if self.split is None and (not self.data or expected):
             config = self.read_config()

@@ -38,6 +38,18 @@ def overview() -> str:
     return as_markdown([head, *([name, *(x for part in parts for x in part.get(name, ["", ""]))] for name in parts[0])])
 
 
+def seeds(folder: str) -> str:
+    """The adapted results of the runs with each seed, report.json and report-seed-N.json, and their mean."""
+    files = sorted((RESULTS / folder).glob("report*.json"))
+    names = [f"seed {read_json(file)['run']['seed']}" for file in files]
+    runs = [[row for row in report_rows(f"{folder}/{file.name}") if row.name.startswith(SHORT)] for file in files]
+    body = []
+    for rows in zip(*runs, strict=True):
+        values = [100 * row.results["adapted"]["value"] for row in rows]
+        body.append([rows[0].name, *(f"{value:.1f}" for value in (*values, sum(values) / len(values)))])
+    return as_markdown([["%", *names, "mean"], *body])
+
+
 def experiment(name: str) -> str:
     """All rows of an experiment's results."""
     results = read_json(RESULTS / name)["results"]
@@ -49,6 +61,8 @@ def experiment(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "phantoms": lambda: as_markdown(comparison(report_rows("phantoms/report.json"))),
+    "phantoms-seeds": lambda: seeds("phantoms"),
+    "real-seeds": lambda: seeds("real"),
     "real": lambda: as_markdown(comparison(report_rows("real/report.json"))),
     "phantoms-pneumonia": lambda: experiment("phantoms/pneumonia.json"),
     "phantoms-head-or-spine": lambda: experiment("phantoms/head-or-spine.json"),

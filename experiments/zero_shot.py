@@ -132,9 +132,7 @@ class ZeroShot(Experiment):
         images = encode(clip, pairs)[0]
         reports = zero_shot_report(clip, images, labels, classes)
         if not reports:
-            where = (
-                f" and --where {self.where} (a facet and a label of it, such as anatomy=chest)" if self.where else ""
-            )
+            where = f" and --where {self.where} (a facet and a label, such as anatomy=chest)" if self.where else ""
             raise UserError(f"No image has one of the labels {classes}{where}. Ask for others.")
         for task, names in classes.items():
             for name, label in reports.get(task, {}).pop("labels", {}).items():  # of which an image can have several

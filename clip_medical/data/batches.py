@@ -1,23 +1,17 @@
 """Image-caption pairs as tensors, and the order in which training meets them."""
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_medical.config import Config
 from clip_medical.data.augment import augment, draw_views
-from clip_medical.data.cache import ROOT_VARIABLE, Cache, open_cache
+from clip_medical.data.cache import Cache, open_cache
 from clip_medical.data.fragments import WordTokens, fragments, word_tokens
 from clip_medical.data.processor import Processor
 from clip_medical.data.splits import Split
@@ -52,7 +46,10 @@ def prepare(split: Split, processor: Processor, name: str) -> Pairs:
     """
     cache = open_cache(split, processor.image_size, name)
     readable = split.select(cache.rows.tolist())
-    tokens, lengths, cut, lost = _tokens(processor, readable.captions, cache.folder)
+    tokens, lengths = processor.tokens(readable.captions)
+    filled = [readable.captions[row] for row in (lengths == processor.context_length).nonzero().flatten().tolist()]
+    uncut = processor.tokenizer(filled, verbose=False)["input_ids"] if filled else []
+    excess = [len(ids) - processor.context_length for ids in uncut]  # 0: the caption fits to the token
     numbers: dict[bytes, int] = {}
     caption_ids = torch.tensor([numbers.setdefault(row.tobytes(), len(numbers)) for row in tokens.numpy()])
     image_ids = torch.from_numpy(cache.image_ids)
@@ -62,7 +59,8 @@ def prepare(split: Split, processor: Processor, name: str) -> Pairs:
         f"{len(readable):,} in {cache.folder}, {images:.1%} of them repeated; {captions:.1%} of the captions repeated"
     )
     cut_text = ""
-    if cut:
+    if cut := sum(n > 0 for n in excess):
+        lost = sum(excess) / (int(lengths.sum()) + sum(excess))
         cut_text = f"{cut:,} captions cut to {processor.context_length} tokens ({lost:.1%} of all tokens lost)"
         summary += f"; {cut_text}"
     if len(readable) < len(split):
@@ -71,33 +69,6 @@ def prepare(split: Split, processor: Processor, name: str) -> Pairs:
     vocabulary = processor.tokenizer.convert_ids_to_tokens(list(range(len(processor.tokenizer))))
     kinds = word_tokens(vocabulary)
     return Pairs(cache, tokens, lengths, caption_ids, image_ids, rows, summary, kinds, cut_text, digests=cache.digests)
-
-
-def _tokens(processor: Processor, captions: list[str], folder: Path) -> tuple[Tensor, Tensor, int, float]:
-    """Token ids, lengths, number of captions that were cut, share of all tokens lost by that.
-
-    Cached beside the pixels, by tokenizer and text.
-    """
-    backend = processor.tokenizer.backend_tokenizer.to_str()
-    key = hashlib.sha256(json.dumps([backend, processor.context_length, captions]).encode()).hexdigest()[:16]
-    path = folder / f"tokens-2-{key}.safetensors"  # 2: format of the file
-    if not path.is_file():
-        ids, lengths = processor.tokens(captions)
-        full = [captions[row] for row in (lengths == processor.context_length).nonzero().flatten().tolist()]
-        uncut = processor.tokenizer(full, verbose=False)["input_ids"] if full else []
-        excess = [len(tokens) - processor.context_length for tokens in uncut]
-        lost = sum(excess) / (int(lengths.sum()) + sum(excess) or 1)
-        cut = {"cut": torch.tensor(sum(n > 0 for n in excess)), "lost": torch.tensor(lost)}
-        part = path.with_suffix(f".{os.getpid()}")
-        try:
-            save_file({"ids": ids.int(), "lengths": lengths} | cut, part)
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} cannot be written ({error}). Set {ROOT_VARIABLE} to a writable folder."
-            ) from error
-    stored = load_file(path)
-    return stored["ids"].long(), stored["lengths"], int(stored["cut"]), float(stored["lost"])
 
 
 @dataclass(frozen=True)
@@ -174,16 +145,11 @@ def batches(
     rows = torch.arange(len(pairs)) if rows is None else rows
     per_epoch = len(rows) // config.batch_size
 
-    def load() -> Iterator[Batch]:
+    following: Future[Batch] | None = None
+    with ThreadPoolExecutor(1) as thread:
         for step, places in enumerate(row_batches(len(rows), config.batch_size, config.seed, start), start):
             if step == start or step % per_epoch == 0:
                 epoch = Epoch(pairs, config, step // per_epoch)
-            yield epoch.batch(rows[places], rank, world_size)
-
-    loader = load()
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, loader)
-        while True:
-            batch = following.result()
-            following = thread.submit(next, loader)
-            yield batch
+            loading, following = following, thread.submit(epoch.batch, rows[places], rank, world_size)
+            if loading is not None:
+                yield loading.result()

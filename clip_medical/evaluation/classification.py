@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_medical.evaluation.retrieval import binomial_interval, percentile_interval, share
+from clip_medical.evaluation.retrieval import binomial_interval, bootstrap, share
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # levels of the scores (N,), positive (N,) -> value
+Statistic = Callable[[np.ndarray], float]  # numbers of the drawn rows -> value, NaN where they do not define it
 
 
 def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequence[str]) -> dict[str, Any]:
@@ -39,22 +40,20 @@ def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequenc
     present = np.unique(true)
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (true, predicted), 1)
-    score_levels = {c: np.unique(p[:, c], return_inverse=True)[1] for c in present}
-
-    def balanced_accuracy(drawn: np.ndarray) -> float:
-        count = np.bincount(true[drawn], minlength=len(classes))
-        correct = np.bincount(true[drawn], hits[drawn], len(classes))
-        return float(np.mean(correct[count > 0] / count[count > 0]))
-
-    def mean_auroc(drawn: np.ndarray) -> float:  # over the classes for which the drawn rows define it
-        areas = np.array([auroc(levels[drawn], true[drawn] == c) for c, levels in score_levels.items()])
-        return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
+    score_levels = [np.unique(p[:, c], return_inverse=True)[1] for c in present]
+    areas: list[Statistic] = [
+        lambda rows, c=c, levels=levels: auroc(levels[rows], true[rows] == c)
+        for c, levels in zip(present, score_levels, strict=True)
+    ]
+    recalls: list[Statistic] = [
+        lambda rows, c=c: (hits & (true == c))[rows].sum() / (true == c)[rows].sum() for c in present
+    ]
 
     report: dict[str, Any] = {"n": len(rows), "classes": list(classes)}
     report["accuracy"] = share(torch.from_numpy(hits)) | {"chance": 1 / len(classes)}
-    report["balanced_accuracy"] = _measured(balanced_accuracy, len(rows), 1 / len(classes))
+    report["balanced_accuracy"] = bootstrap(partial(_mean_of, recalls), len(rows)) | {"chance": 1 / len(classes)}
     if len(present) > 1:
-        report["auroc"] = _measured(mean_auroc, len(rows), 0.5)
+        report["auroc"] = bootstrap(partial(_mean_of, areas), len(rows)) | {"chance": 0.5}
     report["confusion"] = confusion.tolist()
     report["calibration"] = calibration(torch.from_numpy(p.max(axis=1)), torch.from_numpy(hits))
     return report
@@ -97,7 +96,7 @@ def multilabel_report(
         raise ValueError("The scores contain NaN or infinity, so no metric can be computed from them.")
     s, t = scores.numpy(), truth.numpy()
 
-    def statistic(metric: Metric, column: int) -> Callable[[np.ndarray], float]:
+    def statistic(metric: Metric, column: int) -> Statistic:
         known, levels = ~np.isnan(t[:, column]), np.unique(s[:, column], return_inverse=True)[1]
         return lambda rows: metric(levels[rows[known[rows]]], t[rows[known[rows]], column] == 1)
 
@@ -108,23 +107,27 @@ def multilabel_report(
     for column in usable:
         report["labels"][classes[column]] = {
             "positives": int(positives[column]),
-            "auroc": _measured(statistic(auroc, column), len(s), 0.5),
-            "average_precision": _measured(statistic(average_precision, column), len(s), prevalence[column]),
+            "auroc": bootstrap(statistic(auroc, column), len(s)) | {"chance": 0.5},
+            "average_precision": bootstrap(statistic(average_precision, column), len(s))
+            | {"chance": float(prevalence[column])},
         }
         if thresholds and classes[column] in thresholds:
             correct = (s[:, column] >= thresholds[classes[column]]) == (t[:, column] == 1)
             for name, rows in (("sensitivity", t[:, column] == 1), ("specificity", t[:, column] == 0)):
                 report["labels"][classes[column]][name] = _proportion(correct[rows])
-    chances = {"auroc": 0.5, "average_precision": prevalence[usable].mean()} if usable else {}
+    chances = {"auroc": 0.5, "average_precision": float(prevalence[usable].mean())} if usable else {}
     for name, chance in chances.items():
         metric = auroc if name == "auroc" else average_precision
         each = [statistic(metric, column) for column in usable]
-        report[name] = _measured(partial(_mean_of, each), len(s), chance)
+        report[name] = bootstrap(partial(_mean_of, each), len(s)) | {"chance": chance}
     return report
 
 
-def _mean_of(statistics: Sequence[Callable[[np.ndarray], float]], rows: np.ndarray) -> float:
-    return float(np.nanmean([statistic(rows) for statistic in statistics]))
+def _mean_of(statistics: Sequence[Statistic], rows: np.ndarray) -> float:
+    """The mean of the statistics that the drawn rows define, NaN if they define none."""
+    with np.errstate(invalid="ignore"):  # 0 of 0 rows
+        values = np.array([statistic(rows) for statistic in statistics])
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def best_threshold(scores: Tensor, truth: Tensor) -> float:
@@ -141,11 +144,6 @@ def best_threshold(scores: Tensor, truth: Tensor) -> float:
 def _proportion(hits: np.ndarray) -> dict[str, float]:
     low, high = binomial_interval(int(hits.sum()), len(hits), "wilson")
     return {"value": float(hits.mean()), "low": low, "high": high}
-
-
-def _measured(statistic: Callable[[np.ndarray], float], count: int, chance: float) -> dict[str, float]:
-    low, high = percentile_interval(statistic, count, draws=1000)
-    return {"value": statistic(np.arange(count)), "low": low, "high": high, "chance": float(chance)}
 
 
 def average_precision(levels: np.ndarray, positive: np.ndarray) -> float:

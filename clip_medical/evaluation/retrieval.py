@@ -133,16 +133,17 @@ def chance_recall(positives: Tensor, pool: int) -> Tensor:
     return recall
 
 
-def percentile_interval(
-    statistic: Callable[[np.ndarray], float], rows: int, draws: int, seed: int = 0
-) -> tuple[float, float]:
-    """Compute the 95 % percentile interval of a statistic by the bootstrap (Efron 1979).
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], rows: int, draws: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """Compute a statistic of N rows and its 95 % percentile interval by resampling them (Efron 1979).
 
     statistic: takes the drawn row numbers (rows,), which may repeat. Draws for which it returns NaN are left out.
+    Returns {"value", "low", "high"}.
     """
     rng = np.random.default_rng(seed)
     low, high = np.nanpercentile([statistic(rng.integers(rows, size=rows)) for _ in range(draws)], (2.5, 97.5))
-    return float(low), float(high)
+    return {"value": float(statistic(np.arange(rows))), "low": float(low), "high": float(high)}
 
 
 def binomial_interval(hits: int, n: int, method: str = "exact") -> tuple[float, float]:
@@ -153,10 +154,8 @@ def binomial_interval(hits: int, n: int, method: str = "exact") -> tuple[float, 
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_interval(
-    scores: Tensor, groups: Tensor | None = None, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Compute the 95 % percentile interval of the mean of `scores` (N,) by resampling.
+def share(scores: Tensor, groups: Tensor | None = None, seed: int = 0) -> dict[str, float]:
+    """Compute the mean of `scores` (N,) and its 95 % bootstrap interval: {"value", "low", "high"}.
 
     groups (N,)  rows of the same group are drawn together. The captions of one image are not independent, so drawing
                  them one by one would give too narrow an interval. Default: each row is its own group
@@ -168,14 +167,9 @@ def bootstrap_interval(
     group = np.arange(len(values)) if groups is None else np.unique(groups.numpy(), return_inverse=True)[1]
     sums, sizes = np.bincount(group, values), np.bincount(group)
     if (values == 0).all() or (values == 1).all():
-        return binomial_interval(int(values[0]) * len(sums), len(sums))
-    return percentile_interval(lambda drawn: sums[drawn].sum() / sizes[drawn].sum(), len(sums), draws, seed)
-
-
-def share(scores: Tensor, groups: Tensor | None = None) -> dict[str, float]:
-    """Return {"value", "low", "high"}: the mean of `scores` (N,) and its `bootstrap_interval`."""
-    low, high = bootstrap_interval(scores, groups)
-    return {"value": scores.double().mean().item(), "low": low, "high": high}
+        low, high = binomial_interval(int(values[0]) * len(sums), len(sums))
+        return {"value": float(values[0]), "low": low, "high": high}
+    return bootstrap(lambda drawn: sums[drawn].sum() / sizes[drawn].sum(), len(sums), draws=2000, seed=seed)
 
 
 def retrieval_report(

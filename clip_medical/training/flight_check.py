@@ -8,6 +8,7 @@ import time
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -16,7 +17,7 @@ from clip_medical.errors import UserError
 from clip_medical.model import Clip
 from clip_medical.training import distributed
 from clip_medical.training.grad_cache import contrastive_backward, random_state, restore
-from clip_medical.training.loss import Loss, chance_level, same_rows
+from clip_medical.training.loss import Loss, same_rows
 from clip_medical.training.memory import GIB, Plan
 from clip_medical.training.optimizer import Optimizer
 from lora import LoRAError, adapter_parameters, count_parameters, load_adapter, merge, remove, save_adapter
@@ -26,9 +27,10 @@ from lora.inject import lora_layers
 def flight_check(clip: Clip, batch: Batch, loss: Loss, optimizer: Optimizer, plan: Plan, steps: int) -> float:
     """Print the size of the adapter, the first loss, time and memory; stop where nothing could be learned.
 
-    Returns the chance level of the loss on this batch. Leaves gradients empty and the random state as it was. Raises
-    UserError if a forward was not called, a gradient is missing or in the wrong place, a trainable parameter is not
-    in the optimizer, the loss is not finite, or the adapter does not survive saving and loading.
+    Returns the chance level of the loss on this batch: ln N for info_nce with one positive a row. Leaves gradients
+    empty and the random state as it was. Raises UserError if a forward was not called, a gradient is missing or in the
+    wrong place, a trainable parameter is not in the optimizer, the loss is not finite, or the adapter does not survive
+    saving and loading.
     """
     state, began = random_state(clip.device), time.perf_counter()
     called: set[nn.Module] = set()
@@ -50,7 +52,8 @@ def flight_check(clip: Clip, batch: Batch, loss: Loss, optimizer: Optimizer, pla
     adapter_file = check_file_and_merge(clip.model)
     restore(state)
     positives = same_rows(*batch.captions[0].ids).to(clip.device)
-    chance = chance_level(loss, clip.model.logit_scale.detach(), positives)
+    equal = F.normalize(torch.ones(len(positives), 2, device=clip.device), dim=-1)  # features that tell nothing apart
+    chance = loss(equal, equal, clip.model.logit_scale.detach(), positives).item()
 
     count, layers, pairs = count_parameters(clip.model), len(lora_layers(clip.model)), len(batch.rows)
     above = "" if count.percent < 1 else ", above 1 %: lower --rank for less"

@@ -6,7 +6,6 @@ Another loss is a function with the signature of `info_nce`; train.py names the 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -68,10 +67,3 @@ def _nll(queries: Tensor, candidates: Tensor, positives: Tensor) -> Tensor:
 def same_rows(*ids: Tensor) -> Tensor:
     """Return the positives (N, N) of N pairs: true where two of them agree in any of the id vectors (N,)."""
     return torch.stack([i[:, None] == i[None, :] for i in ids]).any(dim=0)
-
-
-def chance_level(loss: Loss, logit_scale: Tensor, positives: Tensor) -> float:
-    """The loss of features that tell nothing apart, all of them equal: ln N for info_nce with one positive a row."""
-    features = F.normalize(torch.ones(len(positives), 2, device=positives.device), dim=-1)
-    with torch.no_grad():
-        return loss(features, features, logit_scale, positives).item()

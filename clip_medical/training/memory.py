@@ -137,28 +137,21 @@ def memory_limit(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 * GIB
 
 
-def memory_in_use(device: torch.device) -> int:
-    """Bytes in use now: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated()
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the peak is the best known value
-        return peak_memory(device)
+def memory_in_use(device: torch.device, peak: bool = False) -> int:
+    """Bytes in use now: allocated on the GPU, or resident in this process.
 
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes in use: on a GPU since the flight check, on a CPU since the process began."""
+    peak: the most so far, on a GPU since the flight check, on a CPU since the process began.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     try:
         with open("/proc/self/status") as file:  # VmHWM is this process's; ru_maxrss starts at its parent's
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+            field = "VmHWM" if peak else "VmRSS"
+            return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024
     except (OSError, StopIteration):
         pass
     try:
-        import resource
+        import resource  # not Linux: the peak is the best known value
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

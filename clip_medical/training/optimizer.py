@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from clip_medical.config import Config
 
@@ -18,30 +19,29 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: Config, steps: int, scaled: bool = False) -> None:
         """model: a CLIPModel; steps: length of the schedule; scaled: whether to scale the loss, as fp16 needs."""
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.logit_scale: nn.Parameter = model.logit_scale  # type: ignore[assignment]
-        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B starts at zero and has further to go
-        lora_b = [p for name, p in trainable.items() if name.endswith("lora_B")]
-        scale = [p for name, p in trainable.items() if p is self.logit_scale]
-        others = [p for name, p in trainable.items() if not name.endswith("lora_B") and p is not self.logit_scale]
-        groups: list[dict[str, Any]] = [
-            {"params": others},
-            {"params": lora_b, "lr": config.lr * config.lora_plus},
-            {"params": scale, "lr": config.logit_scale_lr, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        warmup_steps = max(1, round(config.warmup * steps))
-
-        def warmup_cosine(step: int) -> float:
-            if step < warmup_steps:
-                return (step + 1) / warmup_steps
-            return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))) / 2
-
+        parts: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # by: a B?, of a vision tower with its own rate?
+        for name, p in model.named_parameters():
+            if p.requires_grad and p is not self.logit_scale:
+                vision = config.vision_lr != 1 and name.startswith("vision_model.")
+                parts.setdefault((name.endswith("lora_B"), vision), []).append(p)
+        groups: list[dict[str, Any]] = []
+        for is_b, vision in sorted(parts):
+            # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B starts at zero and has further to go
+            factor = (config.lora_plus if is_b else 1) * (config.vision_lr if vision else 1)
+            groups.append({"params": parts[is_b, vision], "lr": config.lr * factor})
+        if self.logit_scale.requires_grad:
+            groups.append({"params": [self.logit_scale], "lr": config.logit_scale_lr, "weight_decay": 0.0})
+        warmup = max(1, round(config.warmup * steps))
+        decay = max(1, steps - warmup)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.skipped = 0
         on_gpu = self.parameters[0].is_cuda
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=on_gpu)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, warmup_cosine)
+        # the smaller of a line that rises to 1 and of a cosine that falls from 1 to 0
+        self.schedule = LambdaLR(
+            self.adamw, lambda n: min((n + 1) / warmup, (1 + math.cos(math.pi * max(0, n - warmup) / decay)) / 2)
+        )
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=scaled)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from clip_medical.training.flight_check import flight_check
 from clip_medical.training.grad_cache import contrastive_backward, random_state, restore
 from clip_medical.training.logging import Progress, StopRequest
 from clip_medical.training.loss import Loss
-from clip_medical.training.memory import GIB, Plan, explain_out_of_memory, make_plan, peak_memory
+from clip_medical.training.memory import GIB, Plan, explain_out_of_memory, make_plan, memory_in_use
 from clip_medical.training.optimizer import Optimizer
 
 
@@ -121,7 +121,7 @@ class Trainer:
                     "temperature": (-clip.model.logit_scale).exp().item(),
                     "gradient_norm": norm if math.isfinite(norm) else None, "skipped_steps": optimizer.skipped,
                     "pairs_per_second": round(config.batch_size / seconds, 1), "waiting": round(waiting / seconds, 3),
-                    "peak_gib": round(peak_memory(clip.device) / GIB, 3),
+                    "peak_gib": round(memory_in_use(clip.device, peak=True) / GIB, 3),
                 }  # fmt: skip
                 if config.validate_every and (self.done % config.validate_every == 0 or self.done == self.steps):
                     record["validation_recall"] = self._validate()

@@ -21,7 +21,7 @@ from clip_medical.evaluation.report import environment
 from clip_medical.evaluation.table import as_markdown, as_text
 from clip_medical.model import load_clip
 from clip_medical.run_folder import make_folder, write_text
-from clip_medical.training.device import choose_device, choose_precision
+from clip_medical.training.device import choose_device
 from experiments.benchmark.contenders import FULL, Task
 from experiments.benchmark.inputs import write_rows
 from experiments.benchmark.training import inference, peaks, training
@@ -54,12 +54,12 @@ class Benchmark:
 
     def perform(self) -> int:
         """Measure, print, and write the results. Returns the exit code."""
-        folder, device = make_folder(Path(self.output)), choose_device()
+        folder, (device, dtype, _) = make_folder(Path(self.output)), choose_device(self.precision)
         loaders = (os.cpu_count() or 1) if device.type == "cuda" and not self.steps_only else 1
         with TemporaryDirectory() as images, TemporaryDirectory() as os.environ[ROOT_VARIABLE]:  # not the user's cache
             count = max(self.images, self.batch_size * loaders)
             rows = write_rows(Path(images), count, load_clip().processor.tokenizer, self.seed)
-            task = Task(rows, self.batch_size, device, choose_precision(self.precision, device)[0])
+            task = Task(rows, self.batch_size, device, dtype)
             table, losses = training(task, self.repeats, epochs=not self.steps_only)
             of_each_step = zip(*(values for name, values in losses.items() if name != FULL), strict=True)
             difference = max(max(step) - min(step) for step in of_each_step)

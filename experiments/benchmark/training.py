@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from clip_medical.training.memory import GIB, memory_in_use, peak_memory
+from clip_medical.training.memory import GIB, memory_in_use
 from experiments.benchmark.contenders import CONTENDERS, PEFT, Task, adapted_clip
 from experiments.benchmark.measure import fresh_process, in_turns, speedup
 from lora import merge, remove
@@ -76,4 +76,4 @@ def peak_of_two_steps(name: str, task: Task) -> int:
     batch = next(contender.epoch())
     for _ in range(2):  # AdamW allocates its moments in the first
         contender.step(batch)
-    return peak_memory(task.device) - before
+    return memory_in_use(task.device, peak=True) - before

@@ -83,18 +83,6 @@ def test_repeated_cut_and_unreadable_rows_are_reported(split: Split, processor: 
     for part in ("5 in ", "0.0% of them", "40.0% of the captions", "1 captions cut to", "1 unreadable images left out"):
         assert part in pairs.summary
     assert pairs.tokens[2, -1] == processor.tokenizer.eos_token_id and pairs.lengths[2] == processor.context_length
-    again = prepare(split, processor, "test")  # tokens from the cache
-    assert again.summary == pairs.summary and torch.equal(again.tokens, pairs.tokens)
-
-
-def test_other_captions_are_tokenized_again(split: Split, processor: Processor) -> None:
-    """Catches cached token ids of other captions of the same images: the pixels stay, the tokens do not."""
-    pairs = prepare(split, processor, "test")
-    captions = ["another caption", *split.captions[1:]]
-    other = prepare(Split(captions, split.ids, {}, split.open_image, split.origins), processor, "test")
-    assert isinstance(pairs.pixels, cache.Cache) and isinstance(other.pixels, cache.Cache)
-    assert other.pixels.folder == pairs.pixels.folder
-    assert not torch.equal(other.tokens[0], pairs.tokens[0])
 
 
 @pytest.mark.parametrize("augmented", [False, True])

@@ -170,9 +170,12 @@ def test_out_of_memory_is_a_user_error_with_the_flags_that_help(tmp_path: Path) 
 def test_a_process_has_its_own_peak() -> None:
     """Catches the peak of the parent process taken for one's own, as getrusage's ru_maxrss has it."""
     block = bytearray(1 << 30)
-    code = "import torch; from clip_medical.training.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    code = (
+        "import torch; from clip_medical.training.memory import memory_in_use as used; "
+        "print(used(torch.device('cpu'), peak=True))"
+    )
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert peak < len(block) < memory.peak_memory(CPU)
+    assert peak < len(block) < memory.memory_in_use(CPU, peak=True)
 
 
 @pytest.mark.slow

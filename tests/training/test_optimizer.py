@@ -115,6 +115,21 @@ def test_a_b_and_logit_scale_have_their_own_rates() -> None:
     assert rate(optimizer) == pytest.approx(1e-3, rel=0.05)
 
 
+def test_the_vision_tower_can_have_its_own_rate() -> None:
+    """Catches a rate that is given to the text tower, to both, or to A alone, and one that --lora-plus overrides."""
+    model = nn.Module()
+    model.logit_scale = Model().logit_scale
+    model.text_model, model.vision_model = Model(), Model()
+    optimizer = make(model=model, lr=1e-3, vision_lr=0.1, lora_plus=2.0, warmup=0.0, weight_decay=0.0)  # type: ignore[arg-type]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    backward(optimizer)
+    optimizer.step(1e9)
+    moved = {name: (p - before[name]).abs().mean().item() for name, p in model.named_parameters()}
+    for tower, rate_of_a in (("text_model", 1e-3), ("vision_model", 1e-4)):
+        assert moved[f"{tower}.lora_A"] == pytest.approx(rate_of_a, rel=1e-2)
+        assert moved[f"{tower}.lora_B"] == pytest.approx(2 * rate_of_a, rel=1e-2)
+
+
 def test_every_trainable_parameter_is_optimized() -> None:
     """Catches a parameter that a subclass of LoRALinear adds, or a weight that was unfrozen, left out."""
     model = Model()
