@@ -4,7 +4,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo app test test-fast bench notebooks mutants lint check clean
+.PHONY: help demo app test test-fast test-oldest bench notebooks mutants lint check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -27,6 +27,12 @@ test: $(READY)  ## all tests, about 20 minutes on 2 cores
 test-fast: $(READY)  ## the tests that are not marked slow, about 4 minutes on 2 cores
 	$(RUN) -m pytest -m "not slow"
 
+test-oldest:  ## the fast tests with the lowest versions that pyproject.toml promises, in an environment of their own
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -oE '^    "[a-z_0-9]+>=[0-9.]+' pyproject.toml | tr -d ' "' | sed 's/>=/==/' > $(VENV)-oldest/lowest.txt
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(VENV)-oldest/lowest.txt
+	$(VENV)-oldest/bin/python -m pytest -m "not slow"
+
 bench: $(READY)  ## speed and memory beside peft and full fine-tuning
 	$(RUN) -m experiments.benchmark
 
@@ -44,5 +50,5 @@ lint: $(READY)  ## ruff and mypy --strict
 check: lint test-fast  ## what continuous integration runs; `make test` adds the slow tests
 
 clean:  ## remove the environment and everything generated; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

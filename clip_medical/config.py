@@ -155,7 +155,7 @@ RESUME_MAY_EXTEND = frozenset(("steps", "epochs", "lr"))
 
 PRESETS = {
     # Phantoms, in minutes. Their clean images and captions allow a high learning rate and a trained temperature. The
-    # bundled CLIP already sees findings and only lacks their names: at the full rate its vision tower would forget them.
+    # bundled CLIP sees findings and only lacks their names: at the full rate its vision tower would forget them.
     "demo": replace(Config(), epochs=4, lr=1e-2, vision_lr=0.1, fragments=2, train_logit_scale=True),
     # ViT-B/32 on ROCOv2, for a 16 GB GPU. More than one fragment was not tried.
     "roco": replace(

@@ -38,16 +38,16 @@ def overview() -> str:
     return as_markdown([head, *([name, *(x for part in parts for x in part.get(name, ["", ""]))] for name in parts[0])])
 
 
-def seeds(folder: str) -> str:
-    """The adapted results of the runs with each seed, report.json and report-seed-N.json, and their mean."""
-    files = sorted((RESULTS / folder).glob("report*.json"))
-    names = [f"seed {read_json(file)['run']['seed']}" for file in files]
-    runs = [[row for row in report_rows(f"{folder}/{file.name}") if row.name.startswith(SHORT)] for file in files]
-    body = []
-    for rows in zip(*runs, strict=True):
-        values = [100 * row.results["adapted"]["value"] for row in rows]
-        body.append([rows[0].name, *(f"{value:.1f}" for value in (*values, sum(values) / len(values)))])
-    return as_markdown([["%", *names, "mean"], *body])
+def runs(folder: str, mean: bool = True) -> str:
+    """The adapted results of several runs, report*.json, each under the flags of its command, and their mean."""
+    reports = [read_json(file) for file in sorted((RESULTS / folder).glob("report*.json"))]
+    flags = [re.sub("^python train.py|--(output|data) \\S+", "", each["run"]["command"]).strip() for each in reports]
+    values: dict[str, list[float]] = {}
+    for row in (row for each in reports for row in result_rows(each["unadapted"], each["adapted"])):
+        if row.name.startswith(SHORT):
+            values.setdefault(row.name, []).append(100 * row.results["adapted"]["value"])
+    body = [[name, *(f"{x:.1f}" for x in [*of, sum(of) / len(of)][: len(of) + mean])] for name, of in values.items()]
+    return as_markdown([["", *(f"`{x}`" if x else "as above" for x in flags), *["mean"] * mean], *body])
 
 
 def experiment(name: str) -> str:
@@ -61,12 +61,14 @@ def experiment(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "phantoms": lambda: as_markdown(comparison(report_rows("phantoms/report.json"))),
-    "phantoms-seeds": lambda: seeds("phantoms"),
-    "real-seeds": lambda: seeds("real"),
+    "phantoms-seeds": lambda: runs("phantoms"),
+    "real-seeds": lambda: runs("real"),
     "real": lambda: as_markdown(comparison(report_rows("real/report.json"))),
     "phantoms-pneumonia": lambda: experiment("phantoms/pneumonia.json"),
     "phantoms-head-or-spine": lambda: experiment("phantoms/head-or-spine.json"),
     "phantoms-stress": lambda: experiment("phantoms/stress_test.json"),
+    "phantoms-towers": lambda: runs("phantoms/towers", mean=False),
+    "phantoms-pointing": lambda: experiment("phantoms/pointing.json"),
     "real-stress": lambda: experiment("real/stress_test.json"),
 }
 

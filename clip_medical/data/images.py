@@ -87,6 +87,8 @@ def decode(source: Path | bytes | Image.Image | dict[str, Any], name: str) -> Im
 def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
     """Resize the shorter side to `size` (bicubic) and crop the central square, as CLIPImageProcessor does.
 
+    Equal to rounding: pixels differ by a grey level here and there, as they do between its torchvision and PIL forms.
+
     image: mode "L" or "RGB". Returns uint8, (size, size) for "L" and (size, size, 3) for "RGB".
 
     Only the cropped square is computed. Resizing first would turn a 20,000 x 1 strip into 20,000 * size columns.

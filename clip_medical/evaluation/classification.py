@@ -40,14 +40,11 @@ def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequenc
     present = np.unique(true)
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (true, predicted), 1)
-    score_levels = [np.unique(p[:, c], return_inverse=True)[1] for c in present]
-    areas: list[Statistic] = [
-        lambda rows, c=c, levels=levels: auroc(levels[rows], true[rows] == c)
-        for c, levels in zip(present, score_levels, strict=True)
-    ]
-    recalls: list[Statistic] = [
-        lambda rows, c=c: (hits & (true == c))[rows].sum() / (true == c)[rows].sum() for c in present
-    ]
+    each = [
+        (np.unique(p[:, c], return_inverse=True)[1], true == c) for c in present
+    ]  # levels of the scores, of class c
+    areas: list[Statistic] = [lambda rows, s=s, t=t: auroc(s[rows], t[rows]) for s, t in each]  # type: ignore[misc]
+    recalls: list[Statistic] = [lambda rows, t=t: (hits & t)[rows].sum() / t[rows].sum() for _, t in each]  # type: ignore[misc]
 
     report: dict[str, Any] = {"n": len(rows), "classes": list(classes)}
     report["accuracy"] = share(torch.from_numpy(hits)) | {"chance": 1 / len(classes)}

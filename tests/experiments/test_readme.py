@@ -17,7 +17,8 @@ from experiments.common import ROOT_OF_PROJECT as ROOT
 
 PAGES = [
     ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
-    ROOT / "clip_medical" / "data" / "README.md", ROOT / "experiments" / "results" / "README.md",
+    ROOT / "clip_medical" / "data" / "README.md", ROOT / "clip_medical" / "export" / "README.md",
+    ROOT / "experiments" / "results" / "README.md",
 ]  # fmt: skip
 COMMAND = re.compile(r"python (train\.py|-m (?:experiments|clip_medical)\.[\w.]+)((?: +(?:\"[^\"]*\"|[^\s`)#;|]+))*)")
 
