@@ -27,9 +27,10 @@ test: $(READY)  ## all tests, about 20 minutes on 2 cores
 test-fast: $(READY)  ## the tests that are not marked slow, about 4 minutes on 2 cores
 	$(RUN) -m pytest -m "not slow"
 
-test-oldest:  ## the fast tests with the lowest versions that pyproject.toml promises, in an environment of their own
+test-oldest:  ## the fast tests with the lowest versions of the required packages; PYTHON=python3.10 or 3.11
 	$(PYTHON) -m venv $(VENV)-oldest
 	grep -oE '^    "[a-z_0-9]+>=[0-9.]+' pyproject.toml | tr -d ' "' | sed 's/>=/==/' > $(VENV)-oldest/lowest.txt
+	test -s $(VENV)-oldest/lowest.txt
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(VENV)-oldest/lowest.txt
 	$(VENV)-oldest/bin/python -m pytest -m "not slow"
 

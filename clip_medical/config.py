@@ -17,7 +17,8 @@ class Config:
 
     # Training data: "phantoms" (synthetic), a folder of images with metadata.csv or in one of many other layouts, a
     # table of image path and caption, Parquet, zip, tar, or a data set on the Hugging Face Hub. Given without a
-    # preset, the other flags have defaults for real images (--lr 2e-3, --epochs 14, --fragments 4, fixed temperature).
+    # preset, the other flags have defaults for real images (--lr 2e-3, --vision-lr 1, --epochs 14, --fragments 4,
+    # fixed temperature).
     data: str = "phantoms"
     # Commit, tag or branch of a data set on the Hub; default: its newest commit.
     revision: str | None = None
@@ -121,8 +122,7 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, float) or (isinstance(value, int) and value < lowest):
                 self._refuse(name, f"a whole number of {lowest} or more")
-        rates = "lr alpha vision_lr max_grad_norm lora_plus logit_scale_lr checkpoint_every_minutes"
-        for name in rates.split():
+        for name in "lr alpha vision_lr max_grad_norm lora_plus logit_scale_lr checkpoint_every_minutes".split():
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number above 0")
         if self.dora and self.from_adapter:

@@ -58,13 +58,11 @@ def choose_folder(preset: str, config: Config) -> Path:
 def _refuse_another_run(folder: Path, config: Config) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no run to resume. Leave out --resume to start a new one there.")
-    stored = read_json(folder / "config.json")
+    # a setting that the run does not name did not exist then: it was as its default is now
+    stored = json.loads(json.dumps(asdict(Config()))) | read_json(folder / "config.json")
     named = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in sys.argv}
-    changes = {
-        name: value
-        for name, value in json.loads(json.dumps(asdict(config))).items()
-        if name in stored and stored[name] != value and name not in RESUME_MAY_CHANGE
-    }
+    now = json.loads(json.dumps(asdict(config)))
+    changes = {name: x for name, x in now.items() if stored[name] != x and name not in RESUME_MAY_CHANGE}
     extended = [f"--{name} {stored[name]} -> {changes[name]}" for name in changes.keys() & RESUME_MAY_EXTEND & named]
     if extended:
         print(f"Changed  {', '.join(sorted(extended))}: the learning rate follows the new schedule from here on")

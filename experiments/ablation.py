@@ -101,7 +101,8 @@ def shape_pairs(clip: Clip) -> Pairs:
 
 def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor) -> Clip:
     """Train the unadapted model on `rows` of the training pairs as train.py does, with InfoNCE, in one chunk."""
-    config, steps = replace(bench.config, lr=lr), bench.config.steps or 0
+    both = variant.adapter and "within" not in variant.adapter  # else the rate of the run's vision tower means nothing
+    config = replace(bench.config, lr=lr, vision_lr=bench.config.vision_lr if both else 1.0)
     torch.manual_seed(config.seed)
     clip = bench.base()
     if variant.adapter:
@@ -109,10 +110,10 @@ def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor) -> Clip:
     else:
         for name, parameter in clip.model.named_parameters():
             parameter.requires_grad_(re.match(variant.weights, name) is not None)
-    optimizer = Optimizer(clip.model, config, steps)
+    optimizer = Optimizer(clip.model, config, config.steps or 0)
     clip.model.train()
-    first = islice(batches(bench.train, config, rows=rows), steps)
-    for batch in tqdm(first, total=steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
+    first = islice(batches(bench.train, config, rows=rows), config.steps)
+    for batch in tqdm(first, total=config.steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
         loss = contrastive_backward(clip, batch, info_nce, config.batch_size)
         if not loss.isfinite():
             break  # the learning rate is too high, and the loss measured next shows it
@@ -240,7 +241,7 @@ class Ablation(Experiment):
         table = table_rows(bench.validation, rows, reference.name)
         print(as_text(comparison(table)))
         measures = [Row(name, {x: of[x] for x in MEASURES.values() if x in of}, n) for name, of, n in table]
-        plots.share_bars(measures, "%, both directions, 95 % interval", setup.folder / "ablation.png")
+        plots.share_bars(measures, "%, 95 % interval", setup.folder / "ablation.png")
         self.save(setup, self.name, results, "ablation.png")
         return 0
 

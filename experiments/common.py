@@ -98,7 +98,7 @@ class Experiment:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
             raise UserError("Give either --run with a run of train.py, or --model with an unadapted CLIP.")
-        smallest = {"limit": 2, "seed": 0, "k": 1, "steps": 1, "port": 1, "images": 1}  # the last four not everywhere
+        smallest = {"limit": 2, "seed": 0, "k": 1, "steps": 1, "port": 1}  # the last three not everywhere
         for flag, lowest in smallest.items():
             value = getattr(self, flag, None)
             if value is not None and value < lowest:

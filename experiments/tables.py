@@ -7,6 +7,7 @@ files in experiments/results, so that no figure is typed by hand. `tests/experim
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from clip_medical.evaluation.report import WAYS, result_rows
 from clip_medical.evaluation.table import Row, as_markdown, comparison, metric_rows
@@ -25,14 +26,17 @@ def report_rows(name: str) -> list[Row]:
     return result_rows(report["unadapted"], report["adapted"])
 
 
+def short_rows(report: dict[str, Any]) -> list[Row]:
+    """The main rows of a report, without the number of classes, which can differ between runs."""
+    rows = [row for row in result_rows(report["unadapted"], report["adapted"]) if row.name.startswith(SHORT)]
+    return [row._replace(name=re.sub(r", \d+ classes", "", row.name)) for row in rows]
+
+
 def overview() -> str:
     """The main rows of both data sets side by side."""
     head, parts = [""], []
     for folder, what in (("phantoms", "phantoms"), ("real", "real radiology images")):
-        rows = [
-            row._replace(name=re.sub(r", \d+ classes", "", row.name)) for row in report_rows(f"{folder}/report.json")
-        ]
-        shown = [row for row in rows if row.name.startswith(SHORT)]
+        shown = short_rows(read_json(RESULTS / folder / "report.json"))
         head += [f"{what}, n = {shown[0].n}: unadapted", "adapted"]
         parts.append({name: [before, after] for name, before, after, *_ in comparison(shown)[1:]})
     return as_markdown([head, *([name, *(x for part in parts for x in part.get(name, ["", ""]))] for name in parts[0])])
@@ -40,12 +44,13 @@ def overview() -> str:
 
 def runs(folder: str, mean: bool = True) -> str:
     """The adapted results of several runs, report*.json, each under the flags of its command, and their mean."""
-    reports = [read_json(file) for file in sorted((RESULTS / folder).glob("report*.json"))]
+    files = sorted((RESULTS / folder).glob("report*.json"), key=lambda file: (len(file.name), file.name))
+    reports = [read_json(file) for file in files]
     flags = [re.sub("^python train.py|--(output|data) \\S+", "", each["run"]["command"]).strip() for each in reports]
     values: dict[str, list[float]] = {}
-    for row in (row for each in reports for row in result_rows(each["unadapted"], each["adapted"])):
-        if row.name.startswith(SHORT):
-            values.setdefault(row.name, []).append(100 * row.results["adapted"]["value"])
+    for row in (row for each in reports for row in short_rows(each)):
+        values.setdefault(row.name, []).append(100 * row.results["adapted"]["value"])
+    assert reports and all(len(of) == len(reports) for of in values.values()), f"{folder}: a run lacks a row"
     body = [[name, *(f"{x:.1f}" for x in [*of, sum(of) / len(of)][: len(of) + mean])] for name, of in values.items()]
     return as_markdown([["", *(f"`{x}`" if x else "as above" for x in flags), *["mean"] * mean], *body])
 

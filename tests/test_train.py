@@ -172,7 +172,7 @@ def test_a_short_demo_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_the_demo_learns_to_name_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches phantoms, captions, prompts, a base model or settings with which diagnosis is lost, as at a full learning
-    rate of the vision tower: after a third of the demo the adapted model tells findings apart, pneumonia included."""
+    rate of the vision tower: after a third of the demo the adapted model tells findings apart."""
     assert run(monkeypatch, "--steps", "288", "--output", tmp_path) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     before, after = (report[model]["zero_shot"]["finding"] for model in ("unadapted", "adapted"))
@@ -265,10 +265,14 @@ def test_resume_refuses_another_configuration(
     assert run(monkeypatch, *stopped, "--rank", "4") == 2
     assert "--rank 8, not 4" in capsys.readouterr().err
     config = tmp_path / "run" / "config.json"
-    config.write_text(config.read_text().replace('"lr": 0.006', '"lr": 0.001'))
+    original = config.read_text()
+    config.write_text(original.replace('"lr": 0.01', '"lr": 0.001'))
     assert run(monkeypatch, *stopped) == 2  # without --lr, its default would take over unseen
-    assert "--lr 0.001, not 0.006" in capsys.readouterr().err
-    config.write_text(config.read_text().replace('"lr": 0.001', '"lr": 0.006'))
+    assert "--lr 0.001, not 0.01" in capsys.readouterr().err
+    config.write_text(original.replace('"vision_lr": 0.1,', ""))
+    assert run(monkeypatch, *stopped) == 2  # a run of a version that had no such flag
+    assert "--vision-lr 1.0, not 0.1" in capsys.readouterr().err
+    config.write_text(original)
     state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt")
     for what in ("training pairs", "base model"):
         changed = state | {"identity": state["identity"] | {what: "other"}}
@@ -287,7 +291,7 @@ def test_a_run_is_extended_where_its_flag_is_given(
     flags = ["--output", str(tmp_path / "run"), "--resume", "--steps", str(steps + 3), "--lr", "0.004"]
     assert run(monkeypatch, *SMALL, *flags) == 0
     output = capsys.readouterr().out
-    assert f"--steps {steps} -> {steps + 3}" in output and "--lr 0.006 -> 0.004" in output
+    assert f"--steps {steps} -> {steps + 3}" in output and "--lr 0.01 -> 0.004" in output
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == steps + 3
     assert records[steps]["lr"] == pytest.approx(

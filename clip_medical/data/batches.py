@@ -145,11 +145,13 @@ def batches(
     rows = torch.arange(len(pairs)) if rows is None else rows
     per_epoch = len(rows) // config.batch_size
 
-    following: Future[Batch] | None = None
+    ready: Future[Batch] | None = None
     with ThreadPoolExecutor(1) as thread:
         for step, places in enumerate(row_batches(len(rows), config.batch_size, config.seed, start), start):
             if step == start or step % per_epoch == 0:
-                epoch = Epoch(pairs, config, step // per_epoch)
-            loading, following = following, thread.submit(epoch.batch, rows[places], rank, world_size)
-            if loading is not None:
-                yield loading.result()
+                epoch = thread.submit(Epoch, pairs, config, step // per_epoch)
+            order = rows[places]  # the thread takes its tasks in turn, so that the epoch is ready by then
+            loading = thread.submit(lambda e, r: e.result().batch(r, rank, world_size), epoch, order)
+            if ready is not None:
+                yield ready.result()
+            ready = loading

@@ -218,9 +218,8 @@ class Trainer:
         choice = self.clip.encoder_choice()
         return {
             "steps": self.steps, "batch size": self.config.batch_size, "learning rate": self.config.lr,
-            "chance level": self.chance, "precision": self.precision,
-            "encoder": f"{choice.encoder.name}: {choice.reason}",
-            "batch": self.plan.describe(self.pairs_per_process),
-            "processes": distributed.world_size(), "steps skipped by loss scaling": self.optimizer.skipped,
-            "adapter": adapter,
+            "learning rate of the vision tower": self.config.lr * self.config.vision_lr, "chance level": self.chance,
+            "precision": self.precision, "encoder": f"{choice.encoder.name}: {choice.reason}",
+            "batch": self.plan.describe(self.pairs_per_process), "processes": distributed.world_size(),
+            "steps skipped by loss scaling": self.optimizer.skipped, "adapter": adapter,
         }  # fmt: skip

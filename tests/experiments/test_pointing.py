@@ -19,16 +19,16 @@ def test_a_maximum_in_the_finding_is_a_hit(monkeypatch: pytest.MonkeyPatch, sign
     region."""
     seen = []
 
-    def difference(clip: object, image: Image.Image, texts: Tensor) -> Tensor:
+    def difference(clip: object, image: Image.Image, texts: Tensor, windows: int) -> Tensor:
         assert texts.shape == (2, 128)
         twin = next(
             phantom(0, "pointing", i, healthy=True).image for i in range(99) if phantom(0, "pointing", i).image == image
         )
         pixels = torch.from_numpy(np.abs(np.asarray(image, float) - np.asarray(twin, float)))
         seen.append(((F.avg_pool2d(pixels[None, None], 5, 1, 2) > 20).double().mean()).item())
-        return sign * F.adaptive_avg_pool2d(pixels[None], (14, 14))[0]
+        return sign * F.adaptive_avg_pool2d(pixels[None], (windows, windows))[0]
 
     monkeypatch.setattr(pointing, "occlusion", difference)
-    report = Pointing(model="tiny-clip", images=4).play(load_clip())["pointing game"]
+    report = Pointing(model="tiny-clip", limit=4).play(load_clip())["pointing game"]
     assert report["n"] == len(seen) == 4 and report["maximum in the finding"]["value"] == expected
     assert np.mean(seen) < report["maximum in the finding"]["chance"] < 0.5  # cells are coarser than pixels
