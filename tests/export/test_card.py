@@ -81,7 +81,8 @@ def test_the_snippet_runs(
     calibration = adapted.calibration if to == "adapter" else {}  # others know one temperature, the model's
     monkeypatch.setattr(adapted, "calibration", calibration)
     expected = adapted.classify(IMAGES[0], ["X-ray of the chest", "CT of the head"])
-    assert probabilities == pytest.approx(expected, abs=1e-4)
+    # CLIPImageProcessor differs from our pixels by a grey level here and there
+    assert probabilities == pytest.approx(expected, abs=1e-4 if to == "adapter" else 1e-3)
     for other in others:  # the adapter in PEFT
         names: dict[str, Any] = {}
         exec(other.replace("user/name", str(folder)), names)
