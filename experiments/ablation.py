@@ -101,8 +101,9 @@ def shape_pairs(clip: Clip) -> Pairs:
 
 def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor) -> Clip:
     """Train the unadapted model on `rows` of the training pairs as train.py does, with InfoNCE, in one chunk."""
-    both = variant.adapter and "within" not in variant.adapter  # else the rate of the run's vision tower means nothing
-    config = replace(bench.config, lr=lr, vision_lr=bench.config.vision_lr if both else 1.0)
+    # the run's own rate for the vision tower is for LoRA in both towers
+    vision_lr = bench.config.vision_lr if variant.adapter and "within" not in variant.adapter else 1.0
+    config, steps = replace(bench.config, lr=lr, vision_lr=vision_lr), bench.config.steps or 0
     torch.manual_seed(config.seed)
     clip = bench.base()
     if variant.adapter:
@@ -110,10 +111,10 @@ def fit(bench: Bench, variant: Variant, lr: float, rows: Tensor) -> Clip:
     else:
         for name, parameter in clip.model.named_parameters():
             parameter.requires_grad_(re.match(variant.weights, name) is not None)
-    optimizer = Optimizer(clip.model, config, config.steps or 0)
+    optimizer = Optimizer(clip.model, config, steps)
     clip.model.train()
-    first = islice(batches(bench.train, config, rows=rows), config.steps)
-    for batch in tqdm(first, total=config.steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
+    first = islice(batches(bench.train, config, rows=rows), steps)
+    for batch in tqdm(first, total=steps, desc=f"{variant.name}, lr {lr:g}", unit="step", leave=False):
         loss = contrastive_backward(clip, batch, info_nce, config.batch_size)
         if not loss.isfinite():
             break  # the learning rate is too high, and the loss measured next shows it
