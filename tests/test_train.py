@@ -176,7 +176,7 @@ def test_the_demo_learns_to_name_findings(tmp_path: Path, monkeypatch: pytest.Mo
     assert run(monkeypatch, "--steps", "288", "--output", tmp_path) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     before, after = (report[model]["zero_shot"]["finding"] for model in ("unadapted", "adapted"))
-    assert after["accuracy"]["low"] > before["accuracy"]["high"] + 0.05
+    assert after["accuracy"]["low"] > before["accuracy"]["high"] + 0.1
     assert after["auroc"]["low"] > before["auroc"]["high"]
 
 
