@@ -21,10 +21,10 @@ demo: $(READY)  ## adapt the bundled CLIP to synthetic radiology images and repo
 app: $(READY)  ## a page in the browser to try the demo's run, or without it the bundled CLIP
 	$(RUN) -m experiments.app
 
-test: $(READY)  ## all tests, about 20 minutes on 2 cores
+test: $(READY)  ## all tests, about 25 minutes on 2 cores
 	$(RUN) -m pytest
 
-test-fast: $(READY)  ## the tests that are not marked slow, about 4 minutes on 2 cores
+test-fast: $(READY)  ## the tests that are not marked slow, about 6 minutes on 2 cores
 	$(RUN) -m pytest -m "not slow"
 
 test-oldest:  ## the fast tests with the lowest versions of the required packages; PYTHON=python3.10 or 3.11

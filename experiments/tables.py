@@ -7,7 +7,7 @@ files in experiments/results, so that no figure is typed by hand. `tests/experim
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 from clip_medical.evaluation.report import WAYS, result_rows
 from clip_medical.evaluation.table import Row, as_markdown, comparison, metric_rows
@@ -20,15 +20,15 @@ MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHORT = tuple(f"{way}, Recall@10" for way in WAYS.values()) + ("zero-shot modality", "zero-shot anatomy", "zero-shot f")
 
 
-def report_rows(name: str) -> list[Row]:
+def report_rows(file: Path) -> list[Row]:
     """The rows of a run's report.json."""
-    report = read_json(RESULTS / name)
+    report = read_json(file)
     return result_rows(report["unadapted"], report["adapted"])
 
 
-def short_rows(report: dict[str, Any]) -> list[Row]:
-    """The main rows of a report, without the number of classes, which can differ between runs."""
-    rows = [row for row in result_rows(report["unadapted"], report["adapted"]) if row.name.startswith(SHORT)]
+def short_rows(file: Path) -> list[Row]:
+    """The main rows of a run's report.json, without the number of classes, which can differ between runs."""
+    rows = [row for row in report_rows(file) if row.name.startswith(SHORT)]
     return [row._replace(name=re.sub(r", \d+ classes", "", row.name)) for row in rows]
 
 
@@ -36,7 +36,7 @@ def overview() -> str:
     """The main rows of both data sets side by side."""
     head, parts = [""], []
     for folder, what in (("phantoms", "phantoms"), ("real", "real radiology images")):
-        shown = short_rows(read_json(RESULTS / folder / "report.json"))
+        shown = short_rows(RESULTS / folder / "report.json")
         head += [f"{what}, n = {shown[0].n}: unadapted", "adapted"]
         parts.append({name: [before, after] for name, before, after, *_ in comparison(shown)[1:]})
     return as_markdown([head, *([name, *(x for part in parts for x in part.get(name, ["", ""]))] for name in parts[0])])
@@ -45,12 +45,12 @@ def overview() -> str:
 def runs(folder: str, mean: bool = True) -> str:
     """The adapted results of several runs, report*.json, each under the flags of its command, and their mean."""
     files = sorted((RESULTS / folder).glob("report*.json"), key=lambda file: (len(file.name), file.name))
-    reports = [read_json(file) for file in files]
-    flags = [re.sub("^python train.py|--(output|data) \\S+", "", each["run"]["command"]).strip() for each in reports]
+    commands = [read_json(file)["run"]["command"] for file in files]
+    flags = [re.sub("^python train.py|--(output|data) \\S+", "", command).strip() for command in commands]
     values: dict[str, list[float]] = {}
-    for row in (row for each in reports for row in short_rows(each)):
+    for row in (row for file in files for row in short_rows(file)):
         values.setdefault(row.name, []).append(100 * row.results["adapted"]["value"])
-    assert reports and all(len(of) == len(reports) for of in values.values()), f"{folder}: a run lacks a row"
+    assert files and all(len(of) == len(files) for of in values.values()), f"{folder}: a run lacks a row"
     body = [[name, *(f"{x:.1f}" for x in [*of, sum(of) / len(of)][: len(of) + mean])] for name, of in values.items()]
     return as_markdown([["", *(f"`{x}`" if x else "as above" for x in flags), *["mean"] * mean], *body])
 
@@ -65,10 +65,10 @@ def experiment(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
-    "phantoms": lambda: as_markdown(comparison(report_rows("phantoms/report.json"))),
+    "phantoms": lambda: as_markdown(comparison(report_rows(RESULTS / "phantoms" / "report.json"))),
     "phantoms-seeds": lambda: runs("phantoms"),
     "real-seeds": lambda: runs("real"),
-    "real": lambda: as_markdown(comparison(report_rows("real/report.json"))),
+    "real": lambda: as_markdown(comparison(report_rows(RESULTS / "real" / "report.json"))),
     "phantoms-pneumonia": lambda: experiment("phantoms/pneumonia.json"),
     "phantoms-head-or-spine": lambda: experiment("phantoms/head-or-spine.json"),
     "phantoms-stress": lambda: experiment("phantoms/stress_test.json"),

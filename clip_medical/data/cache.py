@@ -128,7 +128,7 @@ def open_cache(split: Split, size: int, name: str) -> Cache:
         ) from error
 
 
-def _lock(folder: Path, name: str) -> AcquireReturnProxy[Any]:
+def _lock(folder: Path, name: str) -> "AcquireReturnProxy[Any]":
     """Acquire the lock of a cache. The operating system releases it if this process dies."""
     lock = FileLock(folder.with_suffix(".lock"))
     try:

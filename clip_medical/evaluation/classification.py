@@ -40,9 +40,8 @@ def classification_report(probabilities: Tensor, truth: Tensor, classes: Sequenc
     present = np.unique(true)
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (true, predicted), 1)
-    each = [
-        (np.unique(p[:, c], return_inverse=True)[1], true == c) for c in present
-    ]  # levels of the scores, of class c
+    # for each class the levels of its scores, for `auroc`, and which rows are of it
+    each = [(np.unique(p[:, c], return_inverse=True)[1], true == c) for c in present]
     areas: list[Statistic] = [lambda rows, s=s, t=t: auroc(s[rows], t[rows]) for s, t in each]  # type: ignore[misc]
     recalls: list[Statistic] = [lambda rows, t=t: (hits & t)[rows].sum() / t[rows].sum() for _, t in each]  # type: ignore[misc]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 from transformers import CLIPImageProcessor
-from transformers.models.clip import CLIPImageProcessorPil
+from transformers.models import clip
 
 from clip_medical.data import images
 from clip_medical.data.images import UnreadableImage, decode, resize_and_crop
@@ -237,13 +237,16 @@ def radiograph(width: int, height: int, colour: bool) -> Image.Image:
     return Image.fromarray(np.clip(channels, 0, 255).astype(np.uint8))
 
 
+# of the versions of transformers, each has two of these
+NAMES = ("CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast")
+PROCESSORS = [getattr(clip, name) for name in NAMES if hasattr(clip, name)]
 SIZES = [(224, 224), (300, 200), (200, 301), (113, 112), (97, 89), (31, 57), (1, 1), (3, 400), (400, 3), (111, 333),
          (641, 479), (479, 641), (1000, 90)]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [112, 45])
 @pytest.mark.parametrize("colour", [False, True])
-@pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize("processor", PROCESSORS)
 def test_pixels_match_clips_processors(size: int, colour: bool, processor: Any) -> None:
     """Catches a crop off by one pixel, another filter, missing antialiasing, a filter truncated at the crop's edge."""
     square = {"height": size, "width": size}
