@@ -97,7 +97,7 @@ def run(preset: str, config: Config) -> int:
     if trainer.done < trainer.steps:
         flags = [flag for flag in sys.argv if flag != "--resume"] + ([] if config.output else ["--output", str(folder)])
         print(f"\nStopped after step {trainer.done} of {trainer.steps}. {folder} holds the adapter and a checkpoint.")
-        print("To continue:\n" + shlex.join(["python", *flags, "--resume"]))
+        print("To continue:\n" + cli.typed(shlex.join(["python", *flags, "--resume"])))
         return 130
     # not in the provenance, which is published with the adapter: notes name files
     facts["data"] |= {"split": data.split_rule, "notes": "; ".join(data.notes) or "none",
@@ -110,7 +110,7 @@ def provenance(preset: str, trainer: Trainer, data: Data) -> dict[str, Any]:
     """What stands beside the results: command, seed, data, model and machine."""
     clip, config, parameters = trainer.clip, trainer.config, count_parameters(trainer.clip.model)
     return {
-        "run": {"command": shlex.join(["python", *sys.argv]), "preset": preset, "seed": config.seed},
+        "run": {"command": cli.typed(shlex.join(["python", *sys.argv])), "preset": preset, "seed": config.seed},
         "data": {"source": data.source, "training pairs": len(trainer.train_pairs),
                  "validation pairs": len(trainer.validation_pairs), "fingerprint": data_fingerprint(data)},
         "model": {"base": config.model, "revision": clip.revision, "fingerprint": clip.fingerprint,

@@ -14,6 +14,13 @@ from clip_medical.errors import UserError
 from lora import LoRAError
 
 Options = TypeVar("Options")
+renamed = ("", "")  # set by `clip-medical`: a command of the repository, and what was typed instead
+
+
+def typed(command: str) -> str:
+    """The command, as the user has typed its beginning."""
+    usual, instead = renamed
+    return instead + command.removeprefix(usual) if usual and command.startswith(usual) else command
 
 
 def parse(kind: type[Options], arguments: list[str], command: str, default: Options | None = None) -> Options:
@@ -24,7 +31,7 @@ def parse(kind: type[Options], arguments: list[str], command: str, default: Opti
 
     Raises UserError for an unknown flag or a wrong value, SystemExit(0) after --help.
     """
-    stderr = io.StringIO()
+    stderr, command = io.StringIO(), typed(command)
     values: Any = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(stderr):

@@ -197,8 +197,8 @@ class App(Experiment):
             blocks = build(gr, Page(setup, self.prepare(self.load_data(setup), setup)), self.run)
             theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
             blocks.launch(server_name="127.0.0.1", server_port=self.port, theme=theme, footer_links=[], share=False)
-        except ImportError:
-            raise UserError("The page needs gradio: pip install gradio") from None
+        except ImportError as error:  # gradio itself, or what it needs
+            raise UserError(f"The page needs gradio ({error}): pip install --upgrade gradio") from None
         except (OSError, OverflowError) as error:
             raise UserError(f"The page cannot be served ({error}). Choose another --port.") from error
         return 0

@@ -87,7 +87,7 @@ class Experiment:
     image_root: str | None = None
     # Use at most this many validation pairs, sampled by --seed. Default: all.
     limit: int | None = None
-    # Folder for the results. Default: the run folder; with --model, experiments/results.
+    # Folder for the results. Default: the run folder; with --model, experiments/results, or without it this one.
     output: str | None = None
     # Seed of random samples and of the validation split of --data.
     seed: int = 0
@@ -159,12 +159,17 @@ class Experiment:
         base = models["unadapted"]
         identity = {"base": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         facts = {
-            "command": shlex.join(["python", "-m", f"experiments.{self.name}", *sys.argv[1:]]),
+            "command": cli.typed(shlex.join(["python", "-m", f"experiments.{self.name}", *sys.argv[1:]])),
             "seed": self.seed,
             "model": {"run": self.run, **identity, "encoder": base.encoder.name},
             "environment": environment(),
         }
-        return Setup(models, runs.make_folder(Path(self.output or local_run or RESULTS)), facts, [])
+        return Setup(
+            models,
+            runs.make_folder(Path(self.output or local_run or (RESULTS if RESULTS.is_dir() else "."))),
+            facts,
+            [],
+        )
 
     def read_config(self) -> Config:
         """Return the configuration of the run; with --model, the defaults of train.py for that model and --data."""

@@ -161,7 +161,7 @@ MUTANTS = [
            PACKED, "is_causal=causal, scale=scale)", "scale=scale)",
            EQUAL_TO_REFERENCE),
     Mutant("fast encoder: the end token attends to padding", "a feature depends on the other captions of the batch",
-           PACKED, "unpack(value[0], group), group.valid)", "unpack(value[0], group), None)",
+           PACKED, "unpack(value[0], packing), packing.valid", "unpack(value[0], packing), None",
            EQUAL_TO_REFERENCE),
     Mutant("fast encoder: query of a token other than the end token", "the text feature is that of a start token",
            PACKED, "hidden[0].index_select(0, packing.end)", "hidden[0, : len(packing.end)]",

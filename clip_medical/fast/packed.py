@@ -26,19 +26,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
-class Group(NamedTuple):
-    """n captions of similar length as a padded batch, L tokens each."""
-
-    gather: Tensor  # (n * L,) packed row of each place of the batch; some row in the padding, which no token attends to
-    valid: Tensor  # (n, 1, 1, L) bool, False in the padding
-
-
 class Packing(NamedTuple):
-    """Where the T rows of N distinct captions stand in the padded batches in which attention mixes them."""
+    """Where the T rows of N distinct captions stand in the padded batch, in which attention mixes them."""
 
-    groups: list[Group]  # the shorter half of the captions, then the longer half: less padding than in one batch
-    scatter: Tensor  # (T,) place that each row is read from, counted through all groups
-    end: Tensor  # (N,) row of each caption's end token, in the order of the groups
+    gather: Tensor  # (N * L,) row of each place; some row in the padding, which no token attends to
+    scatter: Tensor  # (T,) place that each row is read from
+    end: Tensor  # (N,) row of each caption's end token
+    valid: Tensor  # (N, 1, 1, L) bool, False in the padding
 
 
 IMAGES = object()  # passed as `packing` for images, which are all of one length
@@ -57,17 +51,9 @@ def pack(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Packing, Tensor]
     new[1:] &= (ids[1:] == ids[:-1]).cumprod(dim=1) == 0
     # A shared token takes the row of the nearest caption above that has a row in its column.
     row = torch.where(new, new.flatten().cumsum(0).view_as(new) - 1, 0).cummax(dim=0).values
-    lengths = valid.sum(dim=1)
-    order, groups, places = lengths.argsort(), list[Group](), 0
-    scatter = torch.empty(int(new.sum()), dtype=torch.long)
-    for part in order.chunk(2):
-        length = int(lengths[part].max())
-        gather, own = row[part, :length].flatten(), new[part, :length].flatten().nonzero().flatten()
-        scatter[gather[own]] = places + own
-        groups.append(Group(gather, valid[part, None, None, :length]))
-        places += len(gather)
-    packing = Packing(groups, scatter, row.gather(1, lengths[:, None] - 1).flatten()[order])
-    return ids[new], columns.expand_as(new)[new], packing, order.argsort()[inverse]
+    end = row.gather(1, valid.sum(dim=1, keepdim=True) - 1).flatten()
+    packing = Packing(row.flatten(), new.flatten().nonzero().flatten(), end, valid[:, None, None])
+    return ids[new], columns.expand_as(new)[new], packing, inverse
 
 
 def packed_attention(
@@ -83,11 +69,8 @@ def packed_attention(
     if packing is IMAGES:
         return attend(module, query, key, value, scale=options["scaling"]), None
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    mixed = [
-        attend(module, *[unpack(x, group) for x in rows], scale=options["scaling"], causal=True).flatten(0, 1)
-        for group in packing.groups
-    ]
-    return torch.cat(mixed).index_select(0, packing.scatter)[None], None
+    mixed = attend(module, *[unpack(x, packing) for x in rows], scale=options["scaling"], causal=True)
+    return mixed.flatten(0, 1).index_select(0, packing.scatter)[None], None
 
 
 def attend(
@@ -110,14 +93,14 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def unpack(rows: Tensor, group: Group) -> Tensor:
-    """The captions of a group, shared rows repeated: (T, heads, d) -> (n, heads, L, d).
+def unpack(rows: Tensor, packing: Packing) -> Tensor:
+    """The captions as a padded batch, shared rows repeated: (T, heads, d) -> (N, heads, L, d).
 
     The backward pass adds up the gradients of a shared row. It does so in fp32: in bf16 a sum of ones stays at 256,
     and every caption shares the start token. On a CPU torch already accumulates in fp32.
     """
     wide = rows if rows.device.type == "cpu" else rows.float()
-    padded: Tensor = wide.index_select(0, group.gather).to(rows.dtype).unflatten(0, (len(group.valid), -1))
+    padded: Tensor = wide.index_select(0, packing.gather).to(rows.dtype).unflatten(0, (len(packing.valid), -1))
     return padded.transpose(1, 2)
 
 
@@ -157,8 +140,7 @@ class PackedEncoder:
         weight = tower.embeddings.token_embedding.weight
         tokens, positions, packing, inverse = pack(ids.cpu(), lengths.cpu())
         tokens, positions, inverse = (to_device(each, weight.device) for each in (tokens, positions, inverse))
-        groups = [Group(*(to_device(each, weight.device) for each in group)) for group in packing.groups]
-        packing = Packing(groups, *(to_device(each, weight.device) for each in packing[1:]))
+        packing = Packing(*(to_device(each, weight.device) for each in packing))
         hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(positions)
         hidden = hidden[None]  # (1, T, width): the packed batch is one sequence to all that is not attention
         *layers, last = tower.encoder.layers
@@ -179,17 +161,11 @@ def last_layer(layer: Any, hidden: Tensor, pooled: Tensor, packing: Packing | No
     key, value = (projection(normed) for projection in (attention.k_proj, attention.v_proj))
     key, value = (rows.unflatten(-1, (attention.num_heads, -1)) for rows in (key, value))
     if packing is None:
-        batches: list[tuple[Any, ...]] = [(query, key.transpose(1, 2), value.transpose(1, 2), None)]
+        key, value, valid = key.transpose(1, 2), value.transpose(1, 2), None
     else:
-        queries = query.split([len(group.valid) for group in packing.groups])
-        batches = [
-            (each, unpack(key[0], group), unpack(value[0], group), group.valid)
-            for each, group in zip(queries, packing.groups, strict=True)
-        ]
-    mixed = [
-        F.scaled_dot_product_attention(q, k, v, mask, scale=attention.scale).flatten(1) for q, k, v, mask in batches
-    ]
-    pooled = pooled + attention.out_proj(torch.cat(mixed))
+        key, value, valid = unpack(key[0], packing), unpack(value[0], packing), packing.valid
+    mixed = F.scaled_dot_product_attention(query, key, value, valid, scale=attention.scale).flatten(1)
+    pooled = pooled + attention.out_proj(mixed)
     result: Tensor = pooled + layer.mlp(layer.layer_norm2(pooled))
     return result
 

@@ -138,14 +138,14 @@ def test_a_training_step_is_the_same_with_both_encoders(chunk_size: int) -> None
     texts = [Captions(ids, lengths, [rows]), Captions(ids.flip(0), lengths.flip(0), [rows], 0.5)]
     found = []
     for encoder in ("reference", "fast"):
-        clip = clip_of(small_clip(dtype=torch.float32).train(), encoder)
+        clip = clip_of(small_clip().train(), encoder)
         loss = contrastive_backward(clip, Batch(rows, pixels, texts), chunk_size=chunk_size)
         gradients = [p.grad for p in adapter_parameters(clip.model)]
         assert clip.encoder.name == encoder and all(gradient is not None for gradient in gradients)
         found.append([loss, *gradients])
     for fast, reference in zip(found[1], found[0], strict=True):
         assert fast is not None and reference is not None
-        assert (fast - reference).norm() < 1e-5 * reference.norm()
+        assert (fast - reference).norm() < 1e-6 * reference.norm()
 
 
 def test_tokens_after_the_end_token_change_nothing() -> None:
