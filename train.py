@@ -65,8 +65,9 @@ def run(preset: str, config: Config) -> int:
     else:
         clip = load_clip(config.model, device, dtype, encoder=config.encoder)
         towers = None if config.towers == "both" else f"{config.towers}_model"
+        targets = config.targets[0] if len(config.targets) == 1 else config.targets  # one alone can be a regex
         inject(
-            clip.model, config.targets, config.rank, config.alpha, config.dropout, config.rslora, towers,
+            clip.model, targets, config.rank, config.alpha, config.dropout, config.rslora, towers,
             layer=DoRALinear if config.dora else LoRALinear,
         )  # fmt: skip
     clip.model.logit_scale.requires_grad_(config.train_logit_scale)
@@ -95,9 +96,9 @@ def run(preset: str, config: Config) -> int:
     facts = provenance(preset, trainer, data)
     save_run(clip, folder, config, facts, train_pairs.digests)
     if trainer.done < trainer.steps:
-        flags = [flag for flag in sys.argv if flag != "--resume"] + ([] if config.output else ["--output", str(folder)])
+        flags = [f for f in sys.argv[1:] if f != "--resume"] + ([] if config.output else ["--output", str(folder)])
         print(f"\nStopped after step {trainer.done} of {trainer.steps}. {folder} holds the adapter and a checkpoint.")
-        print("To continue:\n" + cli.typed(shlex.join(["python", *flags, "--resume"])))
+        print("To continue:\n" + f"{cli.console or 'python train.py'} {shlex.join([*flags, '--resume'])}")
         return 130
     # not in the provenance, which is published with the adapter: notes name files
     facts["data"] |= {"split": data.split_rule, "notes": "; ".join(data.notes) or "none",
@@ -110,7 +111,8 @@ def provenance(preset: str, trainer: Trainer, data: Data) -> dict[str, Any]:
     """What stands beside the results: command, seed, data, model and machine."""
     clip, config, parameters = trainer.clip, trainer.config, count_parameters(trainer.clip.model)
     return {
-        "run": {"command": cli.typed(shlex.join(["python", *sys.argv])), "preset": preset, "seed": config.seed},
+        "run": {"command": f"{cli.console or 'python train.py'} {shlex.join(sys.argv[1:])}".strip(), "preset": preset,
+                "seed": config.seed},
         "data": {"source": data.source, "training pairs": len(trainer.train_pairs),
                  "validation pairs": len(trainer.validation_pairs), "fingerprint": data_fingerprint(data)},
         "model": {"base": config.model, "revision": clip.revision, "fingerprint": clip.fingerprint,
@@ -138,7 +140,7 @@ def report(trainer: Trainer, kept_back: Pairs | None, facts: dict[str, Any]) -> 
     waiting = f"{sum(s * r['waiting'] for s, r in zip(seconds, records, strict=True)) / sum(seconds):.1%}"
     measured = {"first loss": losses[0], "last loss": last_loss, "time spent waiting for data": waiting}
     facts["training"] = trainer.facts() | measured
-    write_report(folder, facts, before, after, pairs.split, losses)
+    write_report(folder, facts, before, after, pairs.split, records)
 
     with torch.no_grad():
         pixels, encoder = pairs.pixels[:8], "auto" if clip.encoder.name == "fast" else "reference"

@@ -14,13 +14,7 @@ from clip_medical.errors import UserError
 from lora import LoRAError
 
 Options = TypeVar("Options")
-renamed = ("", "")  # set by `clip-medical`: a command of the repository, and what was typed instead
-
-
-def typed(command: str) -> str:
-    """The command, as the user has typed its beginning."""
-    usual, instead = renamed
-    return instead + command.removeprefix(usual) if usual and command.startswith(usual) else command
+console = ""  # "clip-medical train" or another of its commands, where one was used
 
 
 def parse(kind: type[Options], arguments: list[str], command: str, default: Options | None = None) -> Options:
@@ -31,7 +25,7 @@ def parse(kind: type[Options], arguments: list[str], command: str, default: Opti
 
     Raises UserError for an unknown flag or a wrong value, SystemExit(0) after --help.
     """
-    stderr, command = io.StringIO(), typed(command)
+    stderr = io.StringIO()
     values: Any = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(stderr):

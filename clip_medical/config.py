@@ -50,7 +50,8 @@ class Config:
     rslora: bool = False
     # DoRA instead: train the length of each row of the weights by itself (Liu et al. 2024).
     dora: bool = False
-    # Names of the linear layers to adapt.
+    # Names of the linear layers to adapt, such as q_proj v_proj visual_projection text_projection; one alone can be
+    # all-linear, or a regular expression.
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     # Towers to adapt.
     towers: Literal["both", "vision", "text"] = "both"
@@ -159,15 +160,10 @@ PRESETS = {
     "demo": replace(Config(), epochs=4, lr=1e-2, vision_lr=0.1, fragments=2, train_logit_scale=True),
     # ViT-B/32 on ROCOv2, for a 16 GB GPU. More than one fragment was not tried.
     "roco": replace(
-        Config(),
-        data="eltorio/ROCOv2-radiology",
-        model="openai/clip-vit-base-patch32",
-        batch_size=256,
-        epochs=6,
-        lr=5e-4,
-        fragments=1,
+        Config(), data="eltorio/ROCOv2-radiology", model="openai/clip-vit-base-patch32",
+        batch_size=256, epochs=6, lr=5e-4, fragments=1,
     ),
-}
+}  # fmt: skip
 
 
 def parse(arguments: list[str]) -> tuple[str, Config]:
@@ -177,4 +173,6 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     if preset not in PRESETS:
         raise UserError(f"Found no preset {preset!r}, expected one of {', '.join(PRESETS)} or a flag.")
     own = not named and any(flag.split("=")[0] == "--data" for flag in flags)
-    return preset, cli.parse(Config, flags, f"python train.py {preset}", Config() if own else PRESETS[preset])
+    return preset, cli.parse(
+        Config, flags, f"{cli.console or 'python train.py'} {preset}", Config() if own else PRESETS[preset]
+    )

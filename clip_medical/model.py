@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,7 @@ AnImage = Image.Image | str | Path
 TINY = Path(__file__).parent / "assets" / "tiny-clip"
 
 
+@dataclass(eq=False, repr=False)
 class Clip:
     """CLIPModel and its processor.
 
@@ -39,24 +41,18 @@ class Clip:
     requested_encoder       "auto", "reference" or "fast", see encoder.py
     """
 
-    def __init__(
-        self,
-        model: CLIPModel,
-        processor: Processor,
-        name: str,
-        fingerprint: str = "",
-        revision: str | None = None,
-        requested_encoder: str = "auto",
-    ) -> None:
-        self.model = model.eval()
-        self.processor = processor
-        self.name = name
-        self.fingerprint = fingerprint
-        self.revision = revision
-        self.requested_encoder = requested_encoder
-        self.calibration: dict[str, dict[str, Any]] = {}  # by facet, see evaluation/calibration.py
-        self._choice: Choice | None = None
-        self._chosen_for: list[Any] = []
+    model: Any  # a CLIPModel, whose own types hide its parts
+    processor: Processor
+    name: str
+    fingerprint: str = ""
+    revision: str | None = None
+    requested_encoder: str = "auto"
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)  # by facet, see evaluation/calibration.py
+    _choice: Choice | None = None
+    _chosen_for: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model.eval()
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 Data, model and budget (steps and batch size) are those of the run, and all variants are trained as by train.py. Each
 starts from the unadapted model:
 
-    LoRA            several ranks; q and v or all projections; one tower or both
+    LoRA            several ranks; q and v or all projections; one tower or both; as DoRA
     linear map      frozen encoders, only the two projections are trained
     full            all weights are trained except the temperature
 
@@ -47,7 +47,7 @@ from clip_medical.training.loss import info_nce, same_rows
 from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.optimizer import Optimizer
 from experiments.common import Experiment, main
-from lora import count_parameters, inject
+from lora import DoRALinear, count_parameters, inject
 
 QV, ALL = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 UNADAPTED, LINEAR, FULL = "unadapted", "linear map on frozen features", "full fine-tuning"
@@ -83,6 +83,7 @@ def variants(config: Config, ranks: tuple[int, ...]) -> list[Variant]:
     adapter: dict[str, Any] = dict(rank=rank, alpha=alpha, dropout=config.dropout, rslora=config.rslora, targets=QV)
     # alpha follows the rank, so that the scaling alpha / r is the same for all
     lora: dict[str, Any] = {f"r = {r}, q and v": dict(rank=r, alpha=alpha * r / rank) for r in [rank, *sorted(ranks)]}
+    lora |= {f"r = {rank}, q and v, as DoRA": dict(layer=DoRALinear)}
     lora |= {f"r = {rank}, all projections": dict(targets=ALL)}
     lora |= {f"r = {rank}, {tower} tower only": dict(within=f"{tower}_model") for tower in ("vision", "text")}
     return [

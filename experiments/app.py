@@ -27,13 +27,14 @@ from clip_medical.data.images import decode
 from clip_medical.errors import UserError
 from clip_medical.evaluation.encode import encode
 from clip_medical.evaluation.evidence import occlusion
+from clip_medical.evaluation.report import layer_changes
 from clip_medical.evaluation.zero_shot import class_cosines, class_features, class_scores, label_sets, refused
 from clip_medical.model import CAPTIONS, NONE, Clip
 from clip_medical.run_folder import run_root
 from experiments import figures
 from experiments.common import Experiment, Setup, main
+from experiments.tables import compared
 from lora import set_strength
-from lora.inject import lora_layers
 
 OWN = "own labels"
 NOTE = "# CLIP adapted to radiology with LoRA\nFor research and teaching. **Not a medical device.**"
@@ -102,17 +103,15 @@ class Page:
     def layers(self) -> list[list[str]]:
         """A row for each adapted layer: norms of change and weight, ratio, effective rank (Roy and Vetterli 2007)."""
         rows = []
-        for name, layer in lora_layers(self.models["adapted"].model).items():
-            values = torch.linalg.svdvals(layer.delta_weight().detach())
-            share, change, weight = values / values.sum(), values.norm().item(), layer.base.weight.norm().item()
-            effective = torch.special.entr(share).sum().exp().item()
-            short = name.replace("_model.encoder.layers", "").replace("self_attn.", "")
-            rows.append([short, f"{change:.2f}", f"{weight:.2f}", f"{change / weight:.1%}", f"{effective:.1f}"])
+        for name, change, weight in layer_changes(self.models["adapted"].model):
+            values, of_weight = torch.linalg.svdvals(change.detach()), weight.norm()
+            norm, effective = values.norm(), torch.special.entr(values / values.sum()).sum().exp()
+            rows.append([name, f"{norm:.2f}", f"{of_weight:.2f}", f"{norm / of_weight:.1%}", f"{effective:.1f}"])
         return rows
 
 
-def build(gr: Any, page: Page, run: str | None) -> Any:
-    """Lay out the page and connect it. gr: the module gradio."""
+def build(gr: Any, page: Page, run: str | None, table: str) -> Any:
+    """Lay out the page and connect it. gr: the module gradio. table: as returned by `compared`, or empty."""
 
     def answer(method: Callable[..., list[Any]]) -> Callable[..., Any]:
         def call(*values: Any) -> Any:
@@ -167,7 +166,7 @@ def build(gr: Any, page: Page, run: str | None) -> Any:
         report = run_root(run or "") / "report.md"
         if run and report.is_file():
             with gr.Tab("Run"):
-                gr.Markdown(re.sub(r"!\[.*\)", "", report.read_text(encoding="utf-8")))
+                gr.Markdown(table + re.sub(r"!\[.*\)", "", report.read_text(encoding="utf-8")))
                 for file in sorted((report.parent / "figures").glob("*.png")):
                     gr.Image(Image.open(file), label=file.stem.replace("_", " "), **picture)
     return blocks
@@ -177,6 +176,8 @@ def build(gr: Any, page: Page, run: str | None) -> Any:
 class App(Experiment):
     """Try a run in the browser: search, diagnosis, the inside of the adapter, and its report."""
 
+    # Run folders whose results stand beside those of --run.
+    compare: tuple[str, ...] = ()
     # Port of the page. Default: the first free one from 7860.
     port: int | None = None
 
@@ -189,12 +190,13 @@ class App(Experiment):
         super().__post_init__()
 
     def perform(self) -> int:
+        table = compared([self.run or "--run", *self.compare]) if self.compare else ""
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
         try:
             import gradio as gr
 
             setup = self.load_models()
-            blocks = build(gr, Page(setup, self.prepare(self.load_data(setup), setup)), self.run)
+            blocks = build(gr, Page(setup, self.prepare(self.load_data(setup), setup)), self.run, table)
             theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
             blocks.launch(server_name="127.0.0.1", server_port=self.port, theme=theme, footer_links=[], share=False)
         except ImportError as error:  # gradio itself, or what it needs

@@ -159,7 +159,7 @@ class Experiment:
         base = models["unadapted"]
         identity = {"base": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         facts = {
-            "command": cli.typed(shlex.join(["python", "-m", f"experiments.{self.name}", *sys.argv[1:]])),
+            "command": f"{cli.console or f'python -m experiments.{self.name}'} {shlex.join(sys.argv[1:])}",
             "seed": self.seed,
             "model": {"run": self.run, **identity, "encoder": base.encoder.name},
             "environment": environment(),
@@ -256,4 +256,6 @@ def pick(results: Results, task: str) -> dict[str, dict[str, Any]]:
 def main(experiment: type[Experiment]) -> int:
     """Parse the flags of an experiment, perform it, and return the exit code."""
     name = experiment.name
-    return cli.exit_code(name, lambda: cli.parse(experiment, sys.argv[1:], f"python -m experiments.{name}").perform())
+    return cli.exit_code(
+        name, lambda: cli.parse(experiment, sys.argv[1:], cli.console or f"python -m experiments.{name}").perform()
+    )

@@ -31,7 +31,7 @@ def reliability(reports: dict[str, dict[str, Any]], file: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="confidence (%)", xlim=(0, 103), ylim=(-3, 103), aspect="equal")
     panels[0][0].set_ylabel("accuracy (%), 95 % interval")
-    place: dict[str, Any] = dict(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, frameon=False)
+    place: dict[str, Any] = dict(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, frameon=False)
     figure.legend(*axes.get_legend_handles_labels(), title="marker area: number of images", **place)
     figure.tight_layout()
     save_figure(figure, file)

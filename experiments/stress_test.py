@@ -34,7 +34,7 @@ from clip_medical.evaluation.zero_shot import (
     zero_shot_report,
 )
 from clip_medical.model import Clip
-from experiments.common import Experiment, Reports, Results, main
+from experiments.common import Experiment, Reports, main
 
 # A labelled image has another label of the same facet, so none of these can be true of it.
 DISTRACTORS: list[tuple[str, str]] = [(facet, name) for facet, name in PROMPTS["distractors"]]
@@ -68,17 +68,6 @@ def joint_report(scores: Tensor, columns: dict[str, Tensor]) -> dict[str, Any]:
     return report | {" and ".join(JOINT): share(hits["modality"] & hits["anatomy"]) | {"chance": chance}, "n": n}
 
 
-def confusions(reports: Reports, most: int = 10) -> list[str]:
-    """Describe the most frequent confusions of all facets: "  cyst called mass: 12 of 40 (30 %)"."""
-    found = []
-    for report in reports.values():
-        for true, row in enumerate(report.get("confusion", [])):
-            pairs = [(row[p], sum(row), report["classes"][true], report["classes"][p]) for p in range(len(row))]
-            found += [pair for p, pair in enumerate(pairs) if p != true and pair[0]]
-    found.sort(key=lambda pair: -pair[0])
-    return [f"  {true} called {called}: {n} of {total} ({n / total:.0%})" for n, total, true, called in found[:most]]
-
-
 class StressTest(Experiment):
     """Dozens of labels of all facets at once: top 1, top 5, calibration and confusions, before and after adaptation."""
 
@@ -102,10 +91,6 @@ class StressTest(Experiment):
         parts = [class_scores(clip, f, names, images[known]).softmax(dim=1) for f, names in classes.items()]
         reports[f"top {TOP} of {len(column)}"] = joint_report(torch.cat(parts, dim=1), columns)
         return reports
-
-    def remarks(self, results: Results) -> list[str]:
-        """Return the most frequent confusions of the last model."""
-        return ["", f"Hardest confusions ({list(results)[-1]}):", *confusions(list(results.values())[-1])]
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ files in experiments/results, so that no figure is typed by hand. `tests/experim
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from clip_medical.errors import UserError
 from clip_medical.evaluation.report import WAYS, result_rows
 from clip_medical.evaluation.table import Row, as_markdown, comparison, metric_rows
-from clip_medical.run_folder import read_json
+from clip_medical.run_folder import read_json, run_root
 from experiments.common import RESULTS
 from experiments.common import ROOT_OF_PROJECT as ROOT
 
@@ -22,7 +23,8 @@ SHORT = tuple(f"{way}, Recall@10" for way in WAYS.values()) + ("zero-shot modali
 
 def report_rows(file: Path) -> list[Row]:
     """The rows of a run's report.json."""
-    report = read_json(file)
+    if not (report := read_json(file)):
+        raise UserError(f"{file.parent} has no report.json. Give the folder of a finished run of train.py.")
     return result_rows(report["unadapted"], report["adapted"])
 
 
@@ -32,26 +34,37 @@ def short_rows(file: Path) -> list[Row]:
     return [row._replace(name=re.sub(r", \d+ classes", "", row.name)) for row in rows]
 
 
+def side_by_side(columns: Sequence[dict[str, str]]) -> list[list[str]]:
+    """The rows of a table, given its columns as name of the row -> cell. A cell that a column lacks is empty."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [[name, *(column.get(name, "") for column in columns)] for name in names]
+
+
+def compared(folders: Sequence[str]) -> str:
+    """The adapted results of several runs: a heading, then a row for each metric and a column for each folder."""
+    tables = {folder: comparison(report_rows(run_root(folder) / "report.json")) for folder in folders}
+    columns = [{metric: cell for metric, _, cell, *_ in rows} | {"": name} for name, rows in tables.items()]
+    return f"# Adapted results of the runs\n\n{as_markdown(side_by_side(columns))}\n\n"
+
+
 def overview() -> str:
     """The main rows of both data sets side by side."""
-    head, parts = [""], []
+    columns: list[dict[str, str]] = []
     for folder, what in (("phantoms", "phantoms"), ("real", "real radiology images")):
         shown = short_rows(RESULTS / folder / "report.json")
-        head += [f"{what}, n = {shown[0].n}: unadapted", "adapted"]
-        parts.append({name: [before, after] for name, before, after, *_ in comparison(shown)[1:]})
-    return as_markdown([head, *([name, *(x for part in parts for x in part.get(name, ["", ""]))] for name in parts[0])])
+        for place, head in ((1, f"{what}, n = {shown[0].n}: unadapted"), (2, "adapted")):
+            columns.append({row[0]: row[place] for row in comparison(shown)} | {"": head})
+    return as_markdown(side_by_side(columns))
 
 
 def runs(folder: str, mean: bool = True) -> str:
     """The adapted results of several runs, report*.json, each under the flags of its command, and their mean."""
     files = sorted((RESULTS / folder).glob("report*.json"), key=lambda file: (len(file.name), file.name))
-    commands = [read_json(file)["run"]["command"] for file in files]
-    flags = [re.sub("^python train.py|--(output|data) \\S+", "", command).strip() for command in commands]
-    values: dict[str, list[float]] = {}
-    for row in (row for file in files for row in short_rows(file)):
-        values.setdefault(row.name, []).append(100 * row.results["adapted"]["value"])
-    assert files and all(len(of) == len(files) for of in values.values()), f"{folder}: a run lacks a row"
-    body = [[name, *(f"{x:.1f}" for x in [*of, sum(of) / len(of)][: len(of) + mean])] for name, of in values.items()]
+    flags = [re.sub("^python train.py|--(output|data) \\S+", "", read_json(f)["run"]["command"]).strip() for f in files]
+    values = [{row.name: 100 * row.results["adapted"]["value"] for row in short_rows(file)} for file in files]
+    assert files and all(of.keys() == values[0].keys() for of in values), f"{folder}: a run lacks a row"
+    values += [{name: sum(of[name] for of in values) / len(files) for name in values[0]}] * mean
+    body = side_by_side([{name: f"{x:.1f}" for name, x in of.items()} for of in values])
     return as_markdown([["", *(f"`{x}`" if x else "as above" for x in flags), *["mean"] * mean], *body])
 
 

@@ -2,8 +2,8 @@
 
 On labelled data: accuracy, balanced accuracy, AUROC, calibration and a confusion matrix for each facet (modality,
 anatomy, finding, view). `--question pneumonia` and `--question head-or-spine` are prepared questions of two classes;
---facet, --classes and --where ask others: `--facet finding --classes fracture "no abnormality" --where anatomy=knee`.
-With two classes there are sensitivity and specificity too, of the class that is named first.
+--facet and --classes ask others: `--facet finding --classes fracture "no abnormality"`. With two classes there are
+sensitivity and specificity too, of the class that is named first.
 
 On one image with labels of your own: `--image my.png --labels "X-ray of the chest" "CT of the head"`.
 """
@@ -42,15 +42,6 @@ def probabilities(clip: Clip, facet: str, names: list[str], images: Tensor, labe
     return class_scores(clip, facet, names, images[rows]).softmax(dim=1), truth
 
 
-def restrict(labels: Labels, where: str | None) -> Labels:
-    """Keep the labels of the rows that have the label `where`, such as "anatomy=chest"; there may be none."""
-    if where is None:
-        return labels
-    facet, _, name = where.partition("=")
-    usable = [at == name for at in labels.get(facet, [])]
-    return {f: [x if keep else "" for x, keep in zip(column, usable, strict=False)] for f, column in labels.items()}
-
-
 def comparable(labels: Labels, facet: str, names: list[str]) -> Labels:
     """Keep the labels of the examinations (modality and anatomy) in which all the classes `names` occur.
 
@@ -76,8 +67,6 @@ class ZeroShot(Experiment):
     classes: tuple[str, ...] = ()
     # A prepared question of two classes: consolidation or pneumonia against normal in the chest; head against spine.
     question: Literal["pneumonia", "head-or-spine"] | None = None
-    # Only images with this label, such as anatomy=chest.
-    where: str | None = None
     # Image file to classify, instead of labelled data.
     image: str | None = None
     # Candidate labels for --image. Phrases such as "X-ray of the chest" work better than single words.
@@ -115,7 +104,7 @@ class ZeroShot(Experiment):
         """
         present = {facet: sorted(set(pairs.split.labels.get(facet, [])) - {""}) for facet in FACETS}
         facet: str | None = self.facet
-        chosen, labels = list(self.classes), restrict(pairs.split.labels, self.where)
+        chosen, labels = list(self.classes), pairs.split.labels
         if self.question:
             facet, *sides = QUESTIONS[self.question]
             spelling = {name.lower(): name for name in present[facet]}
@@ -132,8 +121,7 @@ class ZeroShot(Experiment):
         images = encode(clip, pairs)[0]
         reports = zero_shot_report(clip, images, labels, classes)
         if not reports:
-            where = f" and --where {self.where} (a facet and a label, such as anatomy=chest)" if self.where else ""
-            raise UserError(f"No image has one of the labels {classes}{where}. Ask for others.")
+            raise UserError(f"No image has one of the labels {classes}. Ask for others.")
         for task, names in classes.items():
             for name, label in reports.get(task, {}).pop("labels", {}).items():  # of which an image can have several
                 reports[f"{task} {name}"] = label | {"n": f"{label['positives']} of {reports[task]['n']}"}
@@ -146,7 +134,7 @@ class ZeroShot(Experiment):
     def _threshold(self, clip: Clip, kept_back: Pairs | None, facet: str, names: list[str]) -> tuple[float, str]:
         """Choose the probability from which the first class counts as present, and say on what it was chosen."""
         if kept_back:
-            labels = restrict(kept_back.split.labels, self.where)
+            labels = kept_back.split.labels
             labels = comparable(labels, facet, names) if self.question and labels[facet] else labels
             q, true = probabilities(clip, facet, names, encode(clip, kept_back)[0], labels)
             if min((true == 0).sum(), (true == 1).sum()) >= FEWEST:

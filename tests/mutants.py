@@ -158,7 +158,7 @@ MUTANTS = [
            MODEL, "(self.scale(CAPTIONS) * cosines)", "(cosines)",
            "export/test_from_python.py::test_classify_is_a_softmax_at_the_temperature_of_the_model"),
     Mutant("fast encoder: text attends to later tokens", "features differ from those of CLIP",
-           PACKED, "is_causal=causal, scale=scale)", "scale=scale)",
+           PACKED, "is_causal=causal, scale", "scale",
            EQUAL_TO_REFERENCE),
     Mutant("fast encoder: the end token attends to padding", "a feature depends on the other captions of the batch",
            PACKED, "unpack(value[0], packing), packing.valid", "unpack(value[0], packing), None",

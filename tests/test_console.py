@@ -23,7 +23,7 @@ def test_every_command_is_there(tmp_path: Path) -> None:
     """Catches a command that is listed and cannot be started, and help that names another one."""
     listed = console("--help", cwd=tmp_path)
     assert listed.returncode == 0
-    names = listed.stdout.partition("clip-medical ")[2].partition(";")[0].split(", ")
+    names = listed.stdout.partition("clip-medical ")[2].partition(",")[0].split(" | ")
     assert {"train", "search", "classify", "export", "app"} <= set(names)
     for name in ("train", "classify"):
         result = console(name, "--help", cwd=tmp_path)
@@ -34,7 +34,7 @@ def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
     """Catches a traceback, success after an unknown command, and advice that names a command that was not typed."""
     for arguments in ([], ["nonsense"]):
         result = console(*arguments, cwd=tmp_path)
-        assert result.returncode == 2 and "train, search" in result.stderr and "Traceback" not in result.stderr
+        assert result.returncode == 2 and "train | search" in result.stderr and "Traceback" not in result.stderr
     result = console("train", "--nonsense", cwd=tmp_path)
     assert result.returncode == 2 and "`clip-medical train demo --help`" in result.stderr
     assert "Traceback" not in result.stderr
@@ -56,21 +56,11 @@ def test_no_package_is_forgotten_in_the_wheel() -> None:
 def test_a_run_with_the_installed_wheel(tmp_path: Path) -> None:
     """Catches a wheel without train.py, an experiment or a data file; results written into the installed package."""
     pytest.importorskip("setuptools")
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        tmp_path / "site",
-    ]
-    keep_out = shutil.ignore_patterns(
-        ".git", ".venv*", "runs", "build", "results"
-    )  # a build leaves files in its folder
-    shutil.copytree(ROOT, tmp_path / "source", ignore=keep_out)
-    subprocess.run([*install, tmp_path / "source"], check=True, capture_output=True)
+    flags = ["--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    keep_out = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "results")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=keep_out)  # a build leaves files in its folder
+    install = [sys.executable, "-m", "pip", "install", *flags, str(tmp_path / "source")]
+    subprocess.run(install, check=True, capture_output=True)
     assert {path.name for path in (tmp_path / "site").iterdir() if path.is_dir()} >= {"lora", "clip_medical"}
     assert not (tmp_path / "site" / "experiments").exists() and not (tmp_path / "site" / "train.py").exists()
     small = ["--limit", 64, "--batch-size", 8]

@@ -123,7 +123,8 @@ def test_peft_to_us_and_back(tmp_path: Path, case: str) -> None:
     assert shapes[0] == shapes[1], "the same layers, no more and no fewer"
 
     for dtype in (torch.float64, torch.float32):  # in double the merged logits are equal, in fp32 the merged weights
-        copies = [copy.deepcopy(model).to(dtype) for model in (ours, theirs, again)]
+        models: list[Any] = [ours, theirs, again]
+        copies = [copy.deepcopy(model).to(dtype) for model in models]
         merge(copies[0])
         results = [copies[0], *(each.merge_and_unload() for each in copies[1:])]
         weights = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in results]

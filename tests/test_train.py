@@ -64,12 +64,15 @@ def records(folder: Path) -> list[dict[str, Any]]:
 # ---- results
 
 
+FIGURES = ("training", "recall", "zero_shot", "search", "features", "layers")
+
+
 def test_a_run_leaves_the_files_of_its_contract(finished: Path) -> None:
     """Catches a file of the run folder that is missing, or has other keys than its readers expect."""
     files = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
     expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "training_images.txt"}
     expected |= {"checkpoint/state.pt", "checkpoint/previous.pt"}
-    expected |= {f"figures/{name}.png" for name in ("loss", "recall", "zero_shot", "search")}
+    expected |= {f"figures/{name}.png" for name in FIGURES}
     expected |= {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
     expected |= {"adapter/calibration.json", "adapter/provenance.json"}
     assert files == expected
@@ -327,10 +330,14 @@ def test_the_flight_check_ends_with_exit_code_2(
 
 
 def test_dora_is_trained_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a --dora that trains plain LoRA, and an adapter that no command can read."""
-    assert run(monkeypatch, *SMALL, "--dora", "--steps", "2", "--output", tmp_path / "run") == 0
+    """Catches a --dora that trains plain LoRA, an adapter that no command can read, and --targets all-linear taken for
+    the name of a layer."""
+    flags = ["--dora", "--targets", "all-linear", "--steps", "2"]
+    assert run(monkeypatch, *SMALL, *flags, "--output", tmp_path / "run") == 0
     assert any("magnitude" in name for name in adapter(tmp_path / "run"))
-    assert all(type(layer) is DoRALinear for layer in lora_layers(load_run(tmp_path / "run").model).values())
+    layers = lora_layers(load_run(tmp_path / "run").model)
+    assert all(type(layer) is DoRALinear for layer in layers.values())
+    assert layers.keys() == {name for name, m in load_clip().model.named_modules() if type(m) is torch.nn.Linear}
 
 
 def image_folder(folder: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("file_name", "text")) -> Path:

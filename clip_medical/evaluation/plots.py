@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.font_manager import fontManager
 from PIL import Image
+from torch import Tensor
 
 from clip_medical.evaluation.table import Row
 
@@ -18,11 +19,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 UNADAPTED, ADAPTED, ACCENT = "#999999", "#0072B2", "#D55E00"  # from the palette of Okabe and Ito
 COLOURS = {"unadapted": UNADAPTED, "adapted": ADAPTED}
+CLASSES = [ADAPTED, ACCENT, "#009E73", "#E69F00", "#CC79A7", "#56B4E9", UNADAPTED]  # of the same palette
 # For captions in Chinese, Japanese or Korean: whatever of these is installed, beside matplotlib's own font.
 CJK = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC"]
-INSTALLED = {font.name for font in fontManager.ttflist}
 plt.rcParams |= {
-    "font.family": ["DejaVu Sans", *(name for name in CJK if name in INSTALLED)],
+    "font.family": ["DejaVu Sans", *(name for name in CJK if name in fontManager.get_font_names())],
     "text.parse_math": False,
     "font.size": 11,
     "axes.spines.top": False,
@@ -42,19 +43,58 @@ def save_figure(figure: Any, file: Path) -> None:
     plt.close(figure)
 
 
-def loss_curve(losses: Sequence[float], chance: float | None, file: Path) -> None:
-    """Plot the loss of each step, its running mean, and the chance level of the loss if it is given."""
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color=ADAPTED, alpha=0.35, linewidth=1, label="batch loss")
-    if len(losses) > 20:
-        mean = np.convolve(losses, np.ones(20) / 20, mode="valid")
-        axes.plot(steps[19:], mean, color=ADAPTED, linewidth=2, label="mean of 20 steps")
-    if chance is not None:
-        axes.axhline(chance, color="black", linestyle=":", linewidth=1, label=f"chance level: {chance:.2f}")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats)", ylim=(0, None), xlim=(0, len(losses) + 1))
+def training_curves(records: Sequence[dict[str, Any]], chance: float, file: Path) -> None:
+    """Plot loss, learning rate, temperature and, where it was measured, validation recall, a panel for each.
+
+    records: one per step, as in metrics.jsonl. chance: the chance level of the loss.
+    """
+    titles = {"loss": "loss (nats): each batch, and mean of the last 20", "lr": "learning rate"}
+    keys = [key for key in ("loss", "lr", "temperature", "validation_recall") if any(key in step for step in records)]
+    figure, grid = plt.subplots(len(keys), figsize=(7, 1.9 * len(keys)), sharex=True, layout="constrained")
+    for axes, key in zip(grid, keys, strict=True):
+        steps, values = np.array([(step["step"], step[key]) for step in records if key in step]).T
+        axes.plot(steps, values, ".-" if len(steps) <= 50 else "-", color=ADAPTED, alpha=0.4 if key == "loss" else 1)
+        axes.set_title(titles.get(key, key.replace("_", " ")), loc="left", fontsize=10)
+        if key == "loss":
+            axes.plot(steps, [values[max(0, i - 19) : i + 1].mean() for i in range(len(values))], color=ADAPTED)
+            axes.axhline(chance, color="black", linestyle=":", label=f"chance level: {chance:.2f}")
+            axes.legend(frameon=False)
+    grid[0].set_ylim(0, 1.1 * grid[0].get_ylim()[1])
+    axes.set_xlabel("optimizer step")
     axes.locator_params(axis="x", integer=True)
-    axes.legend(frameon=False)
+    save_figure(figure, file)
+
+
+def feature_space(features: Sequence[tuple[Tensor, Tensor]], labels: Sequence[str], file: Path) -> None:
+    """Plot the cosine similarities of 24 pairs and, if labels differ, the principal components of all image features.
+
+    features: (images, texts) of the unadapted and of the adapted model, each (N, D), unit length. labels: N modalities,
+    "" where unknown. The pairs are evenly spaced over the N rows, then sorted by label.
+    """
+    groups, names, height = np.array(labels), sorted(set(labels)), min(2, len(set(labels)))
+    rows = sorted(np.linspace(0, len(labels) - 1, min(24, len(labels)), dtype=int), key=labels.__getitem__)
+    cosines = [(images[rows] @ texts[rows].T).numpy() for images, texts in features]
+    figure, grid = plt.subplots(height, 2, figsize=(9.5, 4.3 * height), squeeze=False, layout="constrained")
+    for axes, model, values in zip(grid[0], COLOURS, cosines, strict=True):
+        shown = axes.imshow(values, cmap="cividis", vmin=np.min(cosines), vmax=np.max(cosines))
+        axes.set(title=model, xticks=[], yticks=[], xlabel=f"captions of {len(rows)} pairs", ylabel="their images")
+    figure.colorbar(shown, ax=grid[0], label="cosine similarity (diagonal: matching pairs)")
+    for axes, (images, _) in zip(grid[1:].flat, features, strict=False):
+        u, s, _ = np.linalg.svd((images - images.mean(dim=0)).numpy(), full_matrices=False)
+        one, two = 100 * s[:2] ** 2 / (s**2).sum()
+        for name, colour, marker in zip(names, itertools.cycle(CLASSES), itertools.cycle("os^DPv"), strict=False):
+            axes.scatter(*(u * s)[groups == name, :2].T, 16, colour, marker=marker, alpha=0.7, label=name or "no label")
+        axes.set(xlabel=f"component 1 ({one:.0f} % of the variance)", ylabel=f"component 2 ({two:.0f} %)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    save_figure(figure, file)
+
+
+def layer_bars(changes: dict[str, float], file: Path) -> None:
+    """Plot a bar for each adapted layer, orange in the text tower. changes: layer -> norm of B A / norm of W."""
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.22 * len(changes)))
+    colours = [ACCENT if "text" in name else ADAPTED for name in changes]
+    axes.bar_label(axes.barh(list(changes), [100 * x for x in changes.values()], color=colours), fmt="%.1f", padding=2)
+    axes.set(ylim=(len(changes) - 0.4, -0.6), xlabel="norm of the change / norm of the weight (%)")
     save_figure(figure, file)
 
 
@@ -64,8 +104,7 @@ def share_bars(rows: Sequence[Row], label: str, file: Path) -> None:
     The chance level, where a row has one, is a dotted line. label: what is counted, and its unit.
     """
     rows = [row for row in rows if all("low" in result for result in row.results.values())]
-    counts = [f"\nn = {row.n:,}" if isinstance(row.n, int) else "" for row in rows]
-    names = [textwrap.fill(row.name, 42) + count for row, count in zip(rows, counts, strict=True)]
+    names = [textwrap.fill(row.name, 42) + (f"\nn = {row.n:,}" if isinstance(row.n, int) else "") for row in rows]
     models = list(rows[0].results)
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.55 * len(names)))
     height = 0.76 / len(models)

@@ -6,14 +6,14 @@ import platform
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_medical.data.batches import Pairs
 from clip_medical.data.splits import Split
@@ -23,6 +23,7 @@ from clip_medical.evaluation.table import Row, as_markdown, comparison, metric_r
 from clip_medical.evaluation.zero_shot import zero_shot_report
 from clip_medical.model import Clip
 from clip_medical.run_folder import write_text
+from lora.inject import lora_layers
 
 WAYS = {"image_to_text": "image -> text", "text_to_image": "text -> image"}
 FOOTNOTE = """Brackets are 95 % bootstrap intervals. Recall is over the whole pool of n validation images or captions.
@@ -37,7 +38,9 @@ class Evaluation:
 
     results: dict[str, Any]  # {"retrieval": ..., "zero_shot": ...} as returned by retrieval_report and zero_shot_report
     images: Tensor  # (N, D) unit-length features, on the CPU
+    texts: Tensor  # (N, D) likewise, of the captions
     queries: Tensor  # (Q, D) features of the texts of `example_queries`
+    layers: dict[str, float]  # adapted layer -> norm of its change / norm of its weight; {} of the unadapted model
 
 
 def evaluate(clip: Clip, pairs: Pairs) -> Evaluation:
@@ -47,7 +50,15 @@ def evaluate(clip: Clip, pairs: Pairs) -> Evaluation:
         "retrieval": retrieval_report(images, texts, pairs.caption_ids, pairs.image_ids, ks=(1, 5, 10)),
         "zero_shot": zero_shot_report(clip, images, pairs.split.labels),
     }
-    return Evaluation(results, images, clip.encode_texts([query for query, _ in example_queries(pairs.split)]))
+    queries = clip.encode_texts([query for query, _ in example_queries(pairs.split)])
+    layers = {name: (change.norm() / weight.norm()).item() for name, change, weight in layer_changes(clip.model)}
+    return Evaluation(results, images, texts, queries, layers)
+
+
+def layer_changes(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield a short name of each adapted layer, the change of its weight and the weight, both (out, in), in fp32."""
+    for name, layer in lora_layers(model).items():
+        yield re.sub(r"_model\.encoder\.layers|self_attn\.", "", name), layer.delta_weight(), layer.base.weight.float()
 
 
 def example_queries(split: Split, count: int = 4) -> list[tuple[str, dict[str, str]]]:
@@ -97,28 +108,30 @@ def result_rows(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
 
 
 def write_report(
-    folder: Path, facts: dict[str, Any], before: Evaluation, after: Evaluation, split: Split, losses: Sequence[float]
+    folder: Path, facts: dict[str, Any], before: Evaluation, after: Evaluation, split: Split, records: Sequence[Any]
 ) -> None:
     """Write report.json with all results, report.md and figures/.
 
-    facts: section -> {name: value}, stored beside the results; losses: one per step
+    facts: section -> {name: value}, stored beside the results; records: the objects of metrics.jsonl, one per step
     """
     from clip_medical.evaluation import plots  # matplotlib takes a second to import, and only a report needs it
 
     figures, results = folder / "figures", {"unadapted": before.results, "adapted": after.results}
     rows = result_rows(before.results, after.results)
     zero_shot = [row for row in rows if row.name.startswith("zero-shot")]
-    plots.loss_curve(losses, facts["training"].get("chance level"), figures / "loss.png")
+    plots.training_curves(records, facts["training"]["chance level"], figures / "training.png")
     plots.share_bars([row for row in rows if row not in zero_shot], "%, with 95 % interval", figures / "recall.png")
     if zero_shot:
         plots.share_bars(zero_shot, "%, with 95 % interval", figures / "zero_shot.png")
+    features, unknown = [(e.images, e.texts) for e in (before, after)], [""] * len(split)
+    plots.feature_space(features, split.labels.get("modality", unknown), figures / "features.png")
+    plots.layer_bars(after.layers, figures / "layers.png")
     queries = example_queries(split)
     hits: dict[str, list[list[plots.Hit]]] = {model: [] for model in results}  # model -> the best 4 of each query
     for model, evaluation in zip(results, (before, after), strict=True):
         for query, (_, expected) in zip(evaluation.queries, queries, strict=True):
-            best = (evaluation.images @ query).topk(min(4, len(split))).indices.tolist()
             hits[model].append([])
-            for row in best:
+            for row in (evaluation.images @ query).topk(min(4, len(split))).indices.tolist():
                 labels = {facet: split.labels[facet][row] for facet in expected}
                 text = "\n".join(labels.values()) or textwrap.shorten(split.captions[row], 24)
                 hits[model][-1].append((split.open_image(row), text, labels == expected if expected else None))
@@ -126,7 +139,8 @@ def write_report(
 
     write_text(folder / "report.json", json.dumps(facts | results, indent=2) + "\n")
     sections = ["# Before and after adaptation", as_markdown(comparison(rows)), FOOTNOTE]
-    headings = {"loss": "Loss", "recall": "Retrieval", "zero_shot": "Zero-shot classification", "search": "Text search"}
+    headings = {"training": "Training", "recall": "Retrieval", "zero_shot": "Zero-shot classification"}
+    headings |= {"search": "Text search", "features": "Image and text features", "layers": "Change of each layer"}
     for name, heading in headings.items():
         if (figures / f"{name}.png").is_file():
             sections += [f"## {heading}", f"![{heading}](figures/{name}.png)"]

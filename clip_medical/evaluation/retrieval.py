@@ -1,4 +1,4 @@
-"""Image-text retrieval over a whole pool: Recall@K, median rank, MRR, precision by label, intervals, chance levels.
+"""Image-text retrieval over a whole pool: Recall@K, median rank, MRR, intervals, chance levels.
 
 Four traps that make recall look better than it is are closed here: similarities are fp32, NaN is refused, a negative
 that ties with the best positive is ranked above it, and the pool is the whole validation split, whose size is part of
@@ -45,7 +45,11 @@ def ranks(queries: Tensor, candidates: Tensor, query_keys: csr_array, candidate_
     A negative of equal similarity counts as ranked above (pessimistic on ties), so features that have collapsed to one
     point score 0, not 100 %. Raises ValueError on features that are not finite and on a query without a positive.
     """
-    queries, candidates = _finite(queries), _finite(candidates)
+    queries, candidates = queries.float(), candidates.float()
+    for features in (queries, candidates):
+        # minimum and maximum show both; isfinite() would allocate a mask of the size of the features
+        if features.numel() and not torch.stack(features.aminmax()).isfinite().all():
+            raise ValueError("The features contain NaN or infinity, so no metric can be computed from them.")
     rank, positives = np.empty(len(queries), np.int64), np.empty(len(queries), np.int64)
     rows = max(1, BLOCK // len(candidates))
     for block in (slice(first, first + rows) for first in range(0, len(queries), rows)):
@@ -63,15 +67,6 @@ def ranks(queries: Tensor, candidates: Tensor, query_keys: csr_array, candidate_
         above = np.count_nonzero(similarity >= best[:, None], axis=1)  # 5 times faster than torch's sum of a mask
         rank[block] = above - np.add.reduceat(of_positives >= best.repeat(count), starts, dtype=np.int64)
     return Ranks(torch.from_numpy(rank), torch.from_numpy(positives), len(candidates))
-
-
-def _finite(features: Tensor) -> Tensor:
-    """Return features in fp32; raise ValueError if they contain NaN or infinity."""
-    features = features.float()
-    # minimum and maximum show both; isfinite() would allocate a mask of the size of the features
-    if features.numel() and not torch.stack(features.aminmax()).isfinite().all():
-        raise ValueError("The features contain NaN or infinity, so no metric can be computed from them.")
-    return features
 
 
 def pair_ranks(images: Tensor, texts: Tensor, caption_ids: Tensor, image_ids: Tensor) -> dict[str, Ranks]:
@@ -196,32 +191,3 @@ def retrieval_report(
         median = float(np.median(rank.numpy())) + 1
         report[way]["median_rank"] = {"value": median, "chance": int((chance < 0.5).sum()) + 1}
     return report
-
-
-def label_precision(
-    queries: Tensor, candidates: Tensor, labels: Sequence[str], image_ids: Tensor, ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, Any]:
-    """Compute Precision@k by label: the share of the first k candidates with the query's label ("CT of the head").
-
-    This is easier than recall, where only the images of the query's own caption count, and fits captions that would
-    describe many images. queries, candidates (N, D) unit length; labels of the N pairs, "" where unknown: those pairs
-    are left out. Of candidates that tie for the last places, the wrong ones come first.
-
-    Returns {"precision@1": {"value", "low", "high" (95 %, resampled by image), "chance"}, ..., "n"}.
-    """
-    known = torch.tensor([label != "" for label in labels])
-    numbers = torch.from_numpy(np.unique(np.array(labels), return_inverse=True)[1])[known]
-    queries, candidates = _finite(queries[known]), _finite(candidates[known])
-    ks = [k for k in ks if k < len(numbers)]
-    blocks = []
-    for rows in torch.arange(len(numbers)).split(max(1, BLOCK // max(1, len(numbers)))):
-        similarity = (queries[rows] @ candidates.T).double()
-        same = numbers[rows, None] == numbers
-        # Lower the candidates with the right label by the smallest step of a double, so that they lose every tie. The
-        # order of different fp32 values stays, because a double resolves much smaller differences.
-        lowered = torch.where(same, similarity.nextafter(torch.tensor(-torch.inf).double()), similarity)
-        blocks.append(same.gather(1, lowered.topk(max(ks, default=0)).indices))
-    correct = torch.cat(blocks).double()  # (n, K): whether the candidate in each of the first places is right
-    chance = {"chance": (numbers.bincount()[numbers].double().mean() / len(numbers)).item()}
-    shares = {f"precision@{k}": share(correct[:, :k].mean(dim=1), image_ids[known]) | chance for k in ks}
-    return {"n": len(numbers)} | shares

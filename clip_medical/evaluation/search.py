@@ -1,11 +1,12 @@
 """A searchable index of images, on disk in parts that are either complete or absent.
 
-index.json          the models that computed the features, by hash: other models are refused
-part-00000.arrow    a row per image: name, source, caption, labels (JSON), hash of the pixels, thumbnail (JPEG), and for
-                    each model its feature (D,), fp32, unit length
+index.json            the models that computed the features, by hash: other models are refused
+part-00000.parquet    a row per image: name, source, caption, labels (JSON), hash of the pixels, thumbnail (JPEG), and
+                      for each model its feature (D,), fp32, unit length
 
 Adding can be interrupted and continued: images in finished parts are not read again. Identical images are stored once,
-under the name that came first.
+under the name that came first. Thumbnails stay on disk until they are shown. Other programs read the parts as they are:
+see "Search at scale" in clip_medical/export/README.md.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -79,9 +81,17 @@ def write_part(file: Path, rows: pa.Table, features: dict[str, Tensor]) -> None:
         column = pa.FixedSizeListArray.from_arrays(matrix.flatten().numpy(), matrix.shape[1])
         rows = rows.append_column(FEATURE + model, column)
     temporary = file.with_suffix(".tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
-        writer.write_table(rows)
+    # hardly any float occurs twice, so a dictionary would cost time and save nothing
+    pq.write_table(rows, temporary, use_dictionary=False, write_page_checksum=True)
     os.replace(temporary, file)
+
+
+def read_part(file: Path, columns: list[str]) -> pa.Table:
+    """Return columns of a part; raise UserError if it is damaged."""
+    try:
+        return pq.ParquetFile(file, page_checksum_verification=True).read(columns).select(columns)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{file} is damaged ({error}). Delete it and add its images again.") from error
 
 
 class Index:
@@ -110,17 +120,14 @@ class Index:
         return len(self.table)
 
     def _load(self) -> None:
-        self.parts = sorted(self.folder.glob("part-*.arrow"))
-        tables = []
-        for part in self.parts:
-            try:
-                columns = [*SCHEMA.names, *(FEATURE + model for model in self.models)]
-                tables.append(pa.ipc.open_file(pa.memory_map(str(part))).read_all().select(columns))
-            except (OSError, KeyError, pa.ArrowException) as error:
-                raise UserError(f"{part} is damaged ({error}). Delete it and add its images again.") from error
-        self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        features = {model: self.table[FEATURE + model].combine_chunks() for model in self.models if tables}
-        self.features = {m: torch.tensor(f.flatten().to_numpy()).view(len(f), -1) for m, f in features.items()}
+        if any(self.folder.glob("part-*.arrow")):
+            raise UserError(f"An earlier version built the index in {self.folder}. Delete it and add the images again.")
+        self.parts = sorted(self.folder.glob("part-*.parquet"))
+        tables = [read_part(part, [*TEXTS, *(FEATURE + model for model in self.models)]) for part in self.parts]
+        self.table = pa.concat_tables(t.select(TEXTS) for t in tables) if tables else SCHEMA.empty_table()
+        self.ends = np.cumsum([len(table) for table in tables])  # of each part: the row after its last one
+        columns = {m: [t[FEATURE + m].combine_chunks().flatten() for t in tables] for m in self.models if tables}
+        self.features = {m: torch.from_numpy(np.concatenate(c)).view(len(self), -1) for m, c in columns.items()}
 
     def add(self, items: Iterable[Item], progress: Callable[[int], Any] = lambda count: None) -> Added:
         """Add the images that the index does not have yet. progress: called with the number of images processed."""
@@ -144,7 +151,7 @@ class Index:
                             rows.append(row)
                     if rows:
                         features = self._encode(torch.from_numpy(np.stack([row["pixels"] for row in rows])))
-                        part = self.folder / f"part-{number:05d}.arrow"
+                        part = self.folder / f"part-{number:05d}.parquet"
                         write_part(part, pa.Table.from_pylist(rows, SCHEMA), features)
                         number += 1
                     progress(len(chunk))
@@ -182,5 +189,7 @@ class Index:
         return found
 
     def thumbnail(self, row: int) -> Image.Image:
-        """Return the thumbnail of a row."""
-        return Image.open(io.BytesIO(self.table["thumbnail"][row].as_py()))
+        """Return the thumbnail of a row, read from its part."""
+        part = int(np.searchsorted(self.ends, row, side="right"))
+        column = read_part(self.parts[part], ["thumbnail"])["thumbnail"]
+        return Image.open(io.BytesIO(column[int(row - self.ends[part])].as_py()))  # counted from the end

@@ -66,27 +66,12 @@ def packed_attention(
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if packing is IMAGES:
-        return attend(module, query, key, value, scale=options["scaling"]), None
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    mixed = attend(module, *[unpack(x, packing) for x in rows], scale=options["scaling"], causal=True)
-    return mixed.flatten(0, 1).index_select(0, packing.scatter)[None], None
-
-
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool = False
-) -> Tensor:
-    """softmax(scale * query key^T) value, (N, heads, L, d) each -> (N, L, heads, d)."""
-    if module.training and query.device.type == "cpu" and query.dtype.itemsize == 2:
-        # The backward pass of torch's fused kernel takes six times as long in half precision on a CPU.
-        scores = (scale * query) @ key.mT
-        if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
-        mixed = scores.softmax(dim=-1) @ value
-    else:
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
-    return mixed.transpose(1, 2)
+    causal = packing is not IMAGES
+    if causal:
+        query, key, value = (unpack(x[0].transpose(0, 1), packing) for x in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=options["scaling"])
+    mixed = mixed.transpose(1, 2)  # (N, L, heads, d)
+    return (mixed.flatten(0, 1).index_select(0, packing.scatter)[None] if causal else mixed), None
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -139,8 +124,11 @@ class PackedEncoder:
         tower: Any = model.text_model
         weight = tower.embeddings.token_embedding.weight
         tokens, positions, packing, inverse = pack(ids.cpu(), lengths.cpu())
-        tokens, positions, inverse = (to_device(each, weight.device) for each in (tokens, positions, inverse))
-        packing = Packing(*(to_device(each, weight.device) for each in packing))
+        tensors = [tokens, positions, inverse, *packing]
+        if weight.is_cuda:  # from pinned memory the copy does not wait for kernels that the GPU still has queued
+            tensors = [x.contiguous().pin_memory().to(weight.device, non_blocking=True) for x in tensors]
+        tokens, positions, inverse = tensors[:3]
+        packing = Packing(*tensors[3:])
         hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(positions)
         hidden = hidden[None]  # (1, T, width): the packed batch is one sequence to all that is not attention
         *layers, last = tower.encoder.layers
@@ -168,8 +156,3 @@ def last_layer(layer: Any, hidden: Tensor, pooled: Tensor, packing: Packing | No
     pooled = pooled + attention.out_proj(mixed)
     result: Tensor = pooled + layer.mlp(layer.layer_norm2(pooled))
     return result
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device. From pinned memory the copy does not wait for kernels that the GPU still has queued."""
-    return tensor.to(device) if device.type == "cpu" else tensor.contiguous().pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Training speed and memory beside peft and full fine-tuning: `python -m experiments.benchmark`, or `make bench`.
 
 All contenders (contenders.py) take turns in one process, so that other load on the machine falls on all of them. Ratios
-are medians of the ratios of the turns. Writes benchmark-DEVICE.md and benchmark-DEVICE.json.
+are medians of the ratios of the turns. Writes benchmark-DEVICE.json.
 """
 
 import json
@@ -18,7 +18,7 @@ from clip_medical import cli
 from clip_medical.data.cache import ROOT_VARIABLE
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import environment
-from clip_medical.evaluation.table import as_markdown, as_text
+from clip_medical.evaluation.table import as_text
 from clip_medical.model import load_clip
 from clip_medical.run_folder import make_folder, write_text
 from clip_medical.training.device import choose_device
@@ -76,12 +76,9 @@ class Benchmark:
         versions = {package: version(package) for package in ("peft", "torchvision", "datasets", "pillow")}
         command = shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]])
         facts = {"command": command, "settings": asdict(self), "environment": environment() | versions}
-        listed = {"command": f"`{command}`"} | asdict(self) | environment() | versions
-        lists = "\n".join(f"- {line}" for line in [*numbers, *(f"{key}: {value}" for key, value in listed.items())])
-        file = folder / f"benchmark-{device.type}"
-        write_text(file.with_suffix(".md"), f"# Benchmark on {device}\n\n{as_markdown(cells)}\n\n{lists}\n")
-        write_text(file.with_suffix(".json"), json.dumps(facts | results, indent=2) + "\n")
-        print(f"\nSaved    {file}.json")
+        file = folder / f"benchmark-{device.type}.json"
+        write_text(file, json.dumps(facts | results, indent=2) + "\n")
+        print(f"\nSaved    {file}")
         return 0
 
 

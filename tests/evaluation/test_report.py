@@ -10,8 +10,12 @@ import torch
 from PIL import Image
 
 from clip_medical.data.splits import Split
-from clip_medical.evaluation.report import Evaluation, environment, example_queries, write_report
+from clip_medical.evaluation import plots
+from clip_medical.evaluation.report import Evaluation, environment, example_queries, layer_changes, write_report
 from clip_medical.evaluation.retrieval import retrieval_report
+from clip_medical.model import load_clip
+from lora import inject
+from lora.inject import lora_layers
 
 
 def split(labels: dict[str, list[str]], n: int = 6) -> Split:
@@ -32,25 +36,99 @@ def evaluation(labelled: bool) -> Evaluation:
         "retrieval": retrieval_report(images, images, rows, rows, ks=(1, 5)),
         "zero_shot": {"modality": accuracy} if labelled else {},
     }
-    return Evaluation(results, images, images[:3])
+    return Evaluation(results, images, images, images[:3], {"text.0.q_proj": 0.25, "vision.0.q_proj": 0.5})
+
+
+def records(steps: int) -> list[dict[str, float]]:
+    return [{"step": n, "loss": 3.0 / n, "lr": 0.1 * n, "temperature": 0.01 + 0.001 * n} for n in range(1, steps + 1)]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that a test draws, open and without a file."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, file: figures.append(figure))
+    return figures
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_report_files(labelled: bool, tmp_path: Path) -> None:
     """Catches a report that fails where there are no labels, and facts that are in one of its files only."""
     labels = {"modality": ["CT", "CT", "MRI"] * 2, "anatomy": ["head", "knee", "knee"] * 2} if labelled else {}
-    facts: dict[str, Any] = {"run": {"seed": 0}, "training": {"steps": 3}}
-    if labelled:
-        facts["training"]["chance level"] = 3.47
+    facts: dict[str, Any] = {"run": {"seed": 0}, "training": {"steps": 3, "chance level": 3.47}}
     result = evaluation(labelled)
-    write_report(tmp_path, facts, result, result, split(labels), [3.0, 2.5, 2.0])
-    figures = {"loss.png", "recall.png", "search.png"} | ({"zero_shot.png"} if labelled else set())
+    write_report(tmp_path, facts, result, result, split(labels), records(3))
+    figures = {f"{name}.png" for name in ("training", "recall", "search", "features", "layers")}
+    figures |= {"zero_shot.png"} if labelled else set()
     assert {file.name for file in (tmp_path / "figures").iterdir()} == figures
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored == facts | {"unadapted": result.results, "adapted": result.results}
     text = (tmp_path / "report.md").read_text()
     assert "- steps: 3" in text and "| text -> image, Recall@5 | 100.0 % [54.1, 100.0] |" in text
     assert all(f"](figures/{name})" in text for name in figures)
+
+
+def test_training_curves(drawn: list[Any], tmp_path: Path) -> None:
+    """Catches an empty panel where recall was not measured, a value at another step than its own, and a running mean
+    that looks ahead."""
+    steps = records(40)
+    plots.training_curves(steps, 3.47, tmp_path)
+    steps[9]["validation_recall"], steps[39]["validation_recall"] = 0.25, 0.5
+    plots.training_curves(steps, 3.47, tmp_path)
+    without, panels = (figure.axes for figure in drawn)
+    assert [axes.get_title(loc="left") for axes in panels][1:] == ["learning rate", "temperature", "validation recall"]
+    assert len(without) == 3 and panels[3].lines[0].get_xydata().tolist() == [[10, 0.25], [40, 0.5]]
+    losses = [step["loss"] for step in steps]
+    assert panels[0].lines[0].get_ydata().tolist() == losses
+    mean = panels[0].lines[1].get_ydata()
+    assert mean[0] == losses[0] and mean[39] == pytest.approx(sum(losses[20:]) / 20)
+    assert list(panels[0].lines[2].get_ydata()) == [3.47, 3.47]
+
+
+def test_feature_space(drawn: list[Any], tmp_path: Path) -> None:
+    """Catches captions in another order than their images, a colour scale for each model, components that are not
+    centred, and points under the label of others."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(60, 5, generator=generator) + 2, dim=1)
+    labels = ["CT", "MRI", "MRI"] * 20
+    images[[label == "MRI" for label in labels], 0] += 3  # these are far away in the first direction
+    plots.feature_space([(images, images), (2 * images, images)], labels, tmp_path)
+    plots.feature_space([(images, images), (2 * images, images)], [""] * 60, tmp_path)
+    *panels, _ = drawn[0].axes
+    assert len(panels) == 4 and len(drawn[1].axes) == 3  # with the colour bar
+    matrices = [axes.images[0] for axes in panels[:2]]
+    assert matrices[0].get_array().shape == (24, 24) and len({matrix.get_clim() for matrix in matrices}) == 1
+    norms = (images.norm(dim=1) ** 2).tolist()
+    for matrix, factor in zip(matrices, (1, 2), strict=True):
+        diagonal = matrix.get_array().diagonal() / factor
+        assert all(min(abs(x - n) for n in norms) < 1e-4 for x in diagonal)
+    points = {group.get_label(): group.get_offsets() for group in panels[2].collections}
+    assert {name: len(xy) for name, xy in points.items()} == {"CT": 20, "MRI": 40}
+    assert abs(sum(xy.sum() for xy in points.values())) < 1e-3
+    assert (points["CT"][:, 0] > 0).all() != (points["MRI"][:, 0] > 0).all()
+    share = (images - images.mean(dim=0)).svd().S ** 2
+    assert panels[2].get_xlabel() == f"component 1 ({100 * share[0] / share.sum():.0f} % of the variance)"
+
+
+def test_layer_changes_and_their_bars(drawn: list[Any], tmp_path: Path) -> None:
+    """Catches a ratio without the scaling of B A, bars under the names of other layers, and towers of one colour."""
+    clip = load_clip()
+    assert not list(layer_changes(clip.model))
+    inject(clip.model, rank=2, alpha=6)
+    ratios: dict[str, float] = {}
+    with torch.no_grad():
+        for name, layer in lora_layers(clip.model).items():
+            layer.lora_B.normal_(generator=torch.Generator().manual_seed(len(ratios)))
+            ratios[name] = (3 * (layer.lora_B @ layer.lora_A).norm() / layer.base.weight.norm()).item()
+    changes = {name: (change.norm() / weight.norm()).item() for name, change, weight in layer_changes(clip.model)}
+    assert list(changes.values()) == pytest.approx(list(ratios.values()))
+    assert [name.partition(".")[0] for name in changes] == [name.partition("_")[0] for name in ratios]
+    assert "vision.3.q_proj" in changes
+    plots.layer_bars(changes, tmp_path)
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(changes)
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * x for x in changes.values()])
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 2
 
 
 def test_example_queries_take_turns_between_modalities() -> None:

@@ -15,7 +15,6 @@ from clip_medical import recall_at_k
 from clip_medical.evaluation import retrieval
 from clip_medical.evaluation.retrieval import (
     chance_recall,
-    label_precision,
     pair_ranks,
     ranks,
     retrieval_report,
@@ -249,37 +248,3 @@ def test_five_captions_per_image_as_in_published_tables() -> None:
     assert (report["image_to_text"]["queries"], report["image_to_text"]["pool"]) == (20, 100)
     assert (report["text_to_image"]["queries"], report["text_to_image"]["pool"]) == (100, 20)
     assert report["text_to_image"]["recall@5"]["chance"] == pytest.approx(5 / 20)
-
-
-def test_label_precision_by_hand() -> None:
-    """Catches shares of all rows of a label (recall) in place of shares of the first k, and unknown labels counted."""
-    queries = torch.tensor([[0.9, 0.5, 0.4, 0.1, 1.0], [0.1, 0.2, 0.3, 0.4, 1.0], [0.5, 0.6, 0.1, 0.2, 1.0]])
-    queries = torch.cat([queries, torch.tensor([[0.0, 0.0, 0.0, 0.9, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0]])])
-    labels = ["a", "b", "a", "a", ""]  # the last row, most similar to all, is neither a query nor a candidate
-    report = label_precision(queries, torch.eye(5), labels, torch.arange(5), ks=(1, 2))
-    # first two of row 0 (a): a b; of row 1 (b): a a; of row 2 (a): b a; of row 3 (a): a, then a tie of a b a: b first
-    assert report["n"] == 4 and report["precision@1"]["value"] == pytest.approx((1 + 0 + 0 + 1) / 4)
-    assert report["precision@2"]["value"] == pytest.approx((1 / 2 + 0 + 1 / 2 + 1 / 2) / 4)
-    assert report["precision@1"]["chance"] == pytest.approx((3 * 3 / 4 + 1 / 4) / 4)
-
-
-def test_collapsed_features_have_no_label_precision() -> None:
-    """Catches ties broken by row order: in rows sorted by label, collapsed features would look good."""
-    one_point = F.normalize(torch.ones(40, 8), dim=-1)
-    report = label_precision(one_point, one_point, ["CT"] * 20 + ["MRI"] * 20, torch.arange(40), ks=(1, 10))
-    assert report["precision@1"]["value"] == 0 and report["precision@10"]["value"] == 0
-    with pytest.raises(ValueError, match="NaN"):
-        label_precision(one_point * math.nan, one_point, ["CT"] * 40, torch.arange(40))
-
-
-def test_label_precision_in_blocks_and_of_few_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a last block cut off, and a failure where fewer rows have a label than k."""
-    images, texts = noisy_pairs(45)
-    arguments = (texts, images, ["a"] * 40 + ["b"] * 3 + [""] * 2, torch.arange(45))
-    whole = label_precision(*arguments)
-    assert [key for key in whole if key != "n"] == ["precision@1", "precision@5", "precision@10"]
-    monkeypatch.setattr(retrieval, "BLOCK", 7 * 43)
-    assert label_precision(*arguments) == whole
-    few = label_precision(images, texts, ["a"] * 4 + [""] * 41, torch.arange(45), ks=(1, 5))
-    assert few.keys() == {"n", "precision@1"}
-    assert label_precision(images, texts, [""] * 45, torch.arange(45)) == {"n": 0}

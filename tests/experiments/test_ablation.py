@@ -43,7 +43,7 @@ def bench() -> Bench:
 def test_trainable_parameters_of_each_variant(bench: Bench) -> None:
     """Catches a linear map that trains the encoders, and full fine-tuning that leaves a part of them frozen."""
     chosen = variants(Config(), (1, 8))
-    assert len({variant.name for variant in chosen}) == 7
+    assert len({variant.name for variant in chosen}) == 8
     for variant in chosen:
         model = fit(bench._replace(config=Config()), variant, 1e-3, torch.arange(20)).model
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -52,7 +52,8 @@ def test_trainable_parameters_of_each_variant(bench: Bench) -> None:
         elif variant.name == FULL:
             assert {name for name, _ in model.named_parameters()} - trainable == {"logit_scale"}
         else:
-            assert all(name.endswith(("lora_A", "lora_B")) for name in trainable)
+            dora = ("magnitude",) if "DoRA" in variant.name else ()
+            assert {name.rpartition(".")[2] for name in trainable} == {"lora_A", "lora_B", *dora}
             tower = next((tower for tower in ("vision", "text") if f"{tower} tower" in variant.name), "")
             assert all(name.startswith(tower) for name in trainable)
             layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]

@@ -1,6 +1,7 @@
 """The page: what its tabs compute, bad uploads, and the page itself in a browser."""
 
 import io
+import json
 import os
 import shutil
 import socket
@@ -19,9 +20,11 @@ from clip_medical.data.batches import prepare
 from clip_medical.data.dataset import load_data
 from clip_medical.errors import UserError
 from clip_medical.model import NONE, load_clip
+from clip_medical.run_folder import read_json
 from experiments import figures
-from experiments.app import OWN, Page
-from experiments.common import Setup
+from experiments.app import OWN, App, Page
+from experiments.common import RESULTS, Setup
+from experiments.tables import compared
 from lora import adapter_parameters, inject
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -85,6 +88,26 @@ def test_the_dial_moves_the_scores_and_is_put_back(page: Page) -> None:
     assert len(rows) == 12 and all(0 < float(row[4]) <= 8 for row in rows)
 
 
+def test_runs_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches results under the name of another run or of the unadapted model, a metric of one run that moves the
+    columns of the others, and a traceback for a folder that holds no finished run."""
+    monkeypatch.chdir(tmp_path)
+    stored = read_json(RESULTS / "phantoms" / "report.json")
+    for name, recall in (("b", 0.5), ("a", 0.25)):
+        stored["adapted"]["retrieval"]["text_to_image"]["recall@10"] |= {"value": recall, "low": 0.125, "high": 0.75}
+        Path(name).mkdir()
+        Path(name, "report.json").write_text(json.dumps(stored))
+        stored["adapted"]["zero_shot"].pop("modality", None)  # the second has none
+    table = [line[2:-2].split(" | ") for line in compared(["a", "b"]).splitlines() if line.startswith("| ")]
+    assert table[0] == ["", "a", "b"]
+    cells = {name: values for name, *values in table[1:]}
+    assert cells["text -> image, Recall@10"] == ["25.0 % [12.5, 75.0]", "50.0 % [12.5, 75.0]"]
+    (modality,) = (values for name, values in cells.items() if name.startswith("zero-shot modality"))
+    assert len(modality) == 2 and not modality[0] and modality[1].endswith("]")
+    with pytest.raises(UserError, match=r"^c has no report.json\. Give the folder of a finished run of train.py\.$"):
+        App(run="a", compare=("b", "c")).perform()
+
+
 def bad_uploads(folder: Path) -> Iterator[Path]:
     """Files that are no usable image: empty, truncated, of other types, with odd DICOM tags, and bombs."""
     png = io.BytesIO()
@@ -123,7 +146,9 @@ def test_the_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "bad.png").write_bytes(b"%PDF-1.7")
+    shutil.copytree(finished, tmp_path / "other")
     command = [sys.executable, "-m", "experiments.app", "--run", str(finished), "--port", str(port)]
+    command += ["--compare", str(tmp_path / "other")]
     with open(tmp_path / "log.txt", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
@@ -172,6 +197,8 @@ def use_the_page(tab: Any, port: int, bad_file: Path) -> None:
     tab.get_by_text("effective rank").first.wait_for(timeout=20_000)
     open_tab(tab, "Run")
     tab.get_by_role("heading", name="Before and after adaptation").wait_for(timeout=20_000)
+    tab.get_by_role("heading", name="Adapted results of the runs").wait_for(timeout=20_000)
+    tab.get_by_role("columnheader", name="/other").first.wait_for(timeout=20_000)
     print(f"search {searched:.1f} s; hosts {hosts}; console {errors}")
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
     assert hosts == {f"127.0.0.1:{port}"} and not errors

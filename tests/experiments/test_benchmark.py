@@ -112,8 +112,6 @@ def test_the_training_benchmark_runs(perform: Perform, tmp_path: Path, capsys: p
     difference = results["largest difference between losses of the same step, without full fine-tuning"]
     assert 0 <= difference < 1e-2
     assert results["unadapted, images/s"] > 0 and results["merged to unadapted"] > 0
-    table = (tmp_path / "results" / "benchmark-cpu.md").read_text()
-    assert "| step, pairs/s |" in table and f"- command: `{results['command']}`" in table
     assert "peak memory, GiB" in capsys.readouterr().out
 
 

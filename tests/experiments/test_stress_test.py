@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from experiments.common import Reports
-from experiments.stress_test import candidates, confusions, joint_report
+from experiments.stress_test import candidates, joint_report
 
 
 def test_top_5_by_hand() -> None:
@@ -43,9 +42,3 @@ def test_distractors_are_no_labels_of_the_data() -> None:
     assert classes["anatomy"].count("foot") == 1 and "" not in classes["anatomy"]
     enough = labels | {"finding": [f"f{i % 5}" for i in range(16)], "view": [f"v{i}" for i in range(16)]}
     assert sum(map(len, candidates(enough).values())) == 26
-
-
-def test_the_most_frequent_confusions_come_first() -> None:
-    """Catches correct answers among the confusions, and rows and columns exchanged."""
-    reports: Reports = {"finding": {"classes": ["cyst", "mass"], "confusion": [[3, 1], [5, 5]]}, "top 5": {"n": 3}}
-    assert confusions(reports) == ["  mass called cyst: 5 of 10 (50%)", "  cyst called mass: 1 of 4 (25%)"]
