@@ -4,7 +4,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo app test test-fast test-oldest bench notebooks mutants lint check clean
+.PHONY: help demo app test test-fast test-oldest bench notebooks mutants lint check lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -49,6 +49,9 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(RUN) -m mypy
 
 check: lint test-fast  ## what continuous integration runs; `make test` adds the slow tests
+
+lock: $(READY)  ## the versions of every package in the environment
+	$(VENV)/bin/pip freeze --exclude-editable
 
 clean:  ## remove the environment and everything generated; runs/ stays
 	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

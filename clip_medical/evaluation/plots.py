@@ -75,7 +75,7 @@ def feature_space(features: Sequence[tuple[Tensor, Tensor]], labels: Sequence[st
     rows = sorted(np.linspace(0, len(labels) - 1, min(24, len(labels)), dtype=int), key=labels.__getitem__)
     cosines = [(images[rows] @ texts[rows].T).numpy() for images, texts in features]
     figure, grid = plt.subplots(height, 2, figsize=(9.5, 4.3 * height), squeeze=False, layout="constrained")
-    for axes, model, values in zip(grid[0], COLOURS, cosines, strict=True):
+    for axes, model, values in zip(grid[0], ("unadapted", "adapted"), cosines, strict=True):
         shown = axes.imshow(values, cmap="cividis", vmin=np.min(cosines), vmax=np.max(cosines))
         axes.set(title=model, xticks=[], yticks=[], xlabel=f"captions of {len(rows)} pairs", ylabel="their images")
     figure.colorbar(shown, ax=grid[0], label="cosine similarity (diagonal: matching pairs)")
