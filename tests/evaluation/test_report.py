@@ -121,13 +121,13 @@ def test_layer_changes_and_their_bars(drawn: list[Any], tmp_path: Path) -> None:
             layer.lora_B.normal_(generator=torch.Generator().manual_seed(len(ratios)))
             ratios[name] = (3 * (layer.lora_B @ layer.lora_A).norm() / layer.base.weight.norm()).item()
     changes = {name: (change.norm() / weight.norm()).item() for name, change, weight in layer_changes(clip.model)}
-    assert list(changes.values()) == pytest.approx(list(ratios.values()))
+    assert list(changes.values()) == pytest.approx(list(ratios.values()), rel=1e-5)  # of fp32
     assert [name.partition(".")[0] for name in changes] == [name.partition("_")[0] for name in ratios]
     assert "vision.3.q_proj" in changes
     plots.layer_bars(changes, tmp_path)
     (axes,) = drawn[0].axes
     assert [text.get_text() for text in axes.get_yticklabels()] == list(changes)
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * x for x in changes.values()])
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * x for x in changes.values()], rel=1e-5)
     assert len({bar.get_facecolor() for bar in axes.patches}) == 2
 
 
