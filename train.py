@@ -98,7 +98,7 @@ def run(preset: str, config: Config) -> int:
     if trainer.done < trainer.steps:
         flags = [f for f in sys.argv[1:] if f != "--resume"] + ([] if config.output else ["--output", str(folder)])
         print(f"\nStopped after step {trainer.done} of {trainer.steps}. {folder} holds the adapter and a checkpoint.")
-        print("To continue:\n" + f"{cli.console or 'python train.py'} {shlex.join([*flags, '--resume'])}")
+        print(f"To continue:\n{cli.console or 'python train.py'} {shlex.join([*flags, '--resume'])}")
         return 130
     # not in the provenance, which is published with the adapter: notes name files
     facts["data"] |= {"split": data.split_rule, "notes": "; ".join(data.notes) or "none",

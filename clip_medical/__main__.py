@@ -21,11 +21,12 @@ COMMANDS = {
 
 
 def main() -> None:
+    """Run the command that the first argument names, as if its file had been started, and exit with its code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
         asked = name in ("-h", "--help")
         usage = f"usage: clip-medical {' | '.join(COMMANDS)}, each with --help"
-        print(usage if asked else f"Found {name!r}. {usage}", file=sys.stdout if asked else sys.stderr)
+        print(usage if asked else f"Found {name or 'no command'}. {usage}", file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     package, cli.console = Path(__file__).parent, f"clip-medical {name}"
     del sys.argv[1]

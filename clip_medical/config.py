@@ -173,6 +173,5 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     if preset not in PRESETS:
         raise UserError(f"Found no preset {preset!r}, expected one of {', '.join(PRESETS)} or a flag.")
     own = not named and any(flag.split("=")[0] == "--data" for flag in flags)
-    return preset, cli.parse(
-        Config, flags, f"{cli.console or 'python train.py'} {preset}", Config() if own else PRESETS[preset]
-    )
+    command, default = f"{cli.console or 'python train.py'} {preset}", Config() if own else PRESETS[preset]
+    return preset, cli.parse(Config, flags, command, default)

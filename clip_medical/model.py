@@ -127,6 +127,8 @@ class Clip:
     def encode_images(self, images: AnImage | Sequence[AnImage], batch_size: int = 64) -> Tensor:
         """Encode PIL images of any mode and size, or paths of images; or a single one -> (N, D) on the CPU."""
         images = [images] if isinstance(images, Image.Image | str | Path) else images
+        if not len(images):
+            raise UserError("encode_images found no image, expected one or more.")
         features = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -141,7 +143,10 @@ class Clip:
     @torch.no_grad()
     def encode_texts(self, texts: str | Sequence[str], batch_size: int = 256) -> Tensor:
         """Encode texts -> (N, D) on the CPU; a string is one text."""
-        ids, lengths = self.processor.tokens([texts] if isinstance(texts, str) else texts)
+        texts = [texts] if isinstance(texts, str) else texts
+        if not len(texts):
+            raise UserError("encode_texts found no text, expected one or more.")
+        ids, lengths = self.processor.tokens(texts)
         parts = zip(ids.split(batch_size), lengths.split(batch_size), strict=True)
         return torch.cat([self.text_features(*part).cpu() for part in parts])
 

@@ -190,7 +190,9 @@ class App(Experiment):
         super().__post_init__()
 
     def perform(self) -> int:
-        table = compared([self.run or "--run", *self.compare]) if self.compare else ""
+        if self.compare and not self.run:
+            raise UserError("--compare shows runs beside that of --run. Give one with --run.")
+        table = compared([str(self.run), *self.compare]) if self.compare else ""
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
         try:
             import gradio as gr

@@ -164,12 +164,8 @@ class Experiment:
             "model": {"run": self.run, **identity, "encoder": base.encoder.name},
             "environment": environment(),
         }
-        return Setup(
-            models,
-            runs.make_folder(Path(self.output or local_run or (RESULTS if RESULTS.is_dir() else "."))),
-            facts,
-            [],
-        )
+        default = RESULTS if RESULTS.is_dir() else "."  # installed without its repository
+        return Setup(models, runs.make_folder(Path(self.output or local_run or default)), facts, [])
 
     def read_config(self) -> Config:
         """Return the configuration of the run; with --model, the defaults of train.py for that model and --data."""
@@ -255,7 +251,5 @@ def pick(results: Results, task: str) -> dict[str, dict[str, Any]]:
 
 def main(experiment: type[Experiment]) -> int:
     """Parse the flags of an experiment, perform it, and return the exit code."""
-    name = experiment.name
-    return cli.exit_code(
-        name, lambda: cli.parse(experiment, sys.argv[1:], cli.console or f"python -m experiments.{name}").perform()
-    )
+    command = cli.console or f"python -m experiments.{experiment.name}"
+    return cli.exit_code(experiment.name, lambda: cli.parse(experiment, sys.argv[1:], command).perform())

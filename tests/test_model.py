@@ -144,6 +144,13 @@ def test_one_text_and_one_image_are_one_row(clip: Clip, images: list[Image.Image
         clip.encode_images("gone.png")
 
 
+def test_nothing_to_encode_is_told_in_a_sentence(clip: Clip) -> None:
+    """Catches an error from inside torch for an empty list, such as that of a folder without images."""
+    for encode in (clip.encode_images, clip.encode_texts):
+        with pytest.raises(UserError, match="expected one or more"):
+            encode([])
+
+
 def test_one_grey_channel_gives_the_features_of_three() -> None:
     """Catches a grey image normalised with the mean of one channel for all three."""
     clip = load_clip()

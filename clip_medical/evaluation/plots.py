@@ -90,7 +90,7 @@ def feature_space(features: Sequence[tuple[Tensor, Tensor]], labels: Sequence[st
 
 
 def layer_bars(changes: dict[str, float], file: Path) -> None:
-    """Plot a bar for each adapted layer, orange in the text tower. changes: layer -> norm of B A / norm of W."""
+    """Plot a bar for each adapted layer, orange in the text tower. changes: layer -> norm of its change / norm of W."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.22 * len(changes)))
     colours = [ACCENT if "text" in name else ADAPTED for name in changes]
     axes.bar_label(axes.barh(list(changes), [100 * x for x in changes.values()], color=colours), fmt="%.1f", padding=2)

@@ -135,9 +135,8 @@ def push(folder: Path, repository: str, confirmed: bool) -> None:
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    return cli.exit_code(
-        "export", lambda: run(cli.parse(Export, sys.argv[1:], cli.console or "python -m clip_medical.export"))
-    )
+    command = cli.console or "python -m clip_medical.export"
+    return cli.exit_code("export", lambda: run(cli.parse(Export, sys.argv[1:], command)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def test_report_files(labelled: bool, tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "- steps: 3" in text and "| text -> image, Recall@5 | 100.0 % [54.1, 100.0] |" in text
     assert all(f"](figures/{name})" in text for name in figures)
+
+
+def test_the_report_shows_the_layers_of_the_adapted_model(drawn: list[Any], tmp_path: Path) -> None:
+    """Catches the bars of the unadapted model, which has no changed layer."""
+    after, facts = evaluation(False), {"training": {"steps": 3, "chance level": 3.47}}
+    write_report(tmp_path, facts, replace(after, layers={}), after, split({}), records(3))
+    names = [[text.get_text() for text in axes.get_yticklabels()] for figure in drawn for axes in figure.axes]
+    assert list(after.layers) in names
 
 
 def test_training_curves(drawn: list[Any], tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def test_runs_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(modality) == 2 and not modality[0] and modality[1].endswith("]")
     with pytest.raises(UserError, match=r"^c has no report.json\. Give the folder of a finished run of train.py\.$"):
         App(run="a", compare=("b", "c")).perform()
+    with pytest.raises(UserError, match="--run"):
+        App(model="tiny-clip", compare=("b",)).perform()
 
 
 def bad_uploads(folder: Path) -> Iterator[Path]:
