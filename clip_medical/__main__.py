@@ -32,7 +32,7 @@ def main() -> None:
     del sys.argv[1]
     # train.py and experiments/ lie beside this package in a checkout, and in it where pyproject.toml has put them
     sys.path.insert(0, str(installed if (installed := package / "commands").is_dir() else package.parent))
-    runpy.run_module(COMMANDS[name], run_name="__main__")
+    runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)  # tyro looks up the help of flags in __main__
 
 
 if __name__ == "__main__":

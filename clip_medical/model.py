@@ -48,8 +48,8 @@ class Clip:
     revision: str | None = None
     requested_encoder: str = "auto"
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)  # by facet, see evaluation/calibration.py
-    _choice: Choice | None = None
-    _chosen_for: list[Any] = field(default_factory=list)
+    _choice: Choice | None = field(default=None, init=False)
+    _chosen_for: list[Any] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.model.eval()

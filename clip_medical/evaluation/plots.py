@@ -69,9 +69,12 @@ def feature_space(features: Sequence[tuple[Tensor, Tensor]], labels: Sequence[st
     """Plot the cosine similarities of 24 pairs and, if labels differ, the principal components of all image features.
 
     features: (images, texts) of the unadapted and of the adapted model, each (N, D), unit length. labels: N modalities,
-    "" where unknown. The pairs are evenly spaced over the N rows, then sorted by label.
+    "" where unknown; the 11 most frequent are told apart. The pairs are evenly spaced over the N rows, then sorted by
+    label.
     """
-    groups, names, height = np.array(labels), sorted(set(labels)), min(2, len(set(labels)))
+    frequent = sorted(set(labels), key=list(labels).count)[-11:]
+    labels = [name if name in frequent else "others" for name in labels]
+    names, height = sorted(set(labels)), min(2, len(set(labels)))
     rows = sorted(np.linspace(0, len(labels) - 1, min(24, len(labels)), dtype=int), key=labels.__getitem__)
     cosines = [(images[rows] @ texts[rows].T).numpy() for images, texts in features]
     figure, grid = plt.subplots(height, 2, figsize=(9.5, 4.3 * height), squeeze=False, layout="constrained")
@@ -81,9 +84,10 @@ def feature_space(features: Sequence[tuple[Tensor, Tensor]], labels: Sequence[st
     figure.colorbar(shown, ax=grid[0], label="cosine similarity (diagonal: matching pairs)")
     for axes, (images, _) in zip(grid[1:].flat, features, strict=False):
         u, s, _ = np.linalg.svd((images - images.mean(dim=0)).numpy(), full_matrices=False)
-        one, two = 100 * s[:2] ** 2 / (s**2).sum()
+        one, two = 100 * s[:2] ** 2 / max((s**2).sum(), 1e-12)  # collapsed features have no variance
         for name, colour, marker in zip(names, itertools.cycle(CLASSES), itertools.cycle("os^DPv"), strict=False):
-            axes.scatter(*(u * s)[groups == name, :2].T, 16, colour, marker=marker, alpha=0.7, label=name or "no label")
+            text = textwrap.shorten(name or "no label", 25)
+            axes.scatter(*(u * s)[np.array(labels) == name, :2].T, 16, colour, marker=marker, alpha=0.7, label=text)
         axes.set(xlabel=f"component 1 ({one:.0f} % of the variance)", ylabel=f"component 2 ({two:.0f} %)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save_figure(figure, file)

@@ -50,9 +50,8 @@ def evaluate(clip: Clip, pairs: Pairs) -> Evaluation:
         "retrieval": retrieval_report(images, texts, pairs.caption_ids, pairs.image_ids, ks=(1, 5, 10)),
         "zero_shot": zero_shot_report(clip, images, pairs.split.labels),
     }
-    queries = clip.encode_texts([query for query, _ in example_queries(pairs.split)])
     layers = {name: (change.norm() / weight.norm()).item() for name, change, weight in layer_changes(clip.model)}
-    return Evaluation(results, images, texts, queries, layers)
+    return Evaluation(results, images, texts, clip.encode_texts([q for q, _ in example_queries(pairs.split)]), layers)
 
 
 def layer_changes(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from clip_medical.errors import UserError
 from clip_medical.model import Clip, weights_fingerprint
 from clip_medical.run_folder import make_folder, read_json, write_text
-from lora.inject import lora_layers
+from lora.inject import lora_layers, own_parameters
 
 PART = 512  # images per part: at most this many are read again after an interruption
 THUMBNAIL = 160  # longest side in pixels
@@ -69,9 +69,9 @@ class Found(NamedTuple):
 def identity(clip: Clip) -> str:
     """Return a SHA-256 over everything that decides the features of a model: its base and its adapter."""
     layers = lora_layers(clip.model)
-    matrices = nn.ParameterList(matrix for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B))
-    scales = {name: layer.scaling * layer.strength for name, layer in layers.items()}
-    parts = (clip.fingerprint, weights_fingerprint(matrices), json.dumps(scales))
+    trained = nn.ParameterList(p for layer in layers.values() for p in own_parameters(layer).values())
+    kinds = {name: [type(layer).__name__, layer.scaling * layer.strength] for name, layer in layers.items()}
+    parts = (clip.fingerprint, weights_fingerprint(trained), json.dumps(kinds))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 

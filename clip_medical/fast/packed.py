@@ -126,9 +126,9 @@ class PackedEncoder:
         tokens, positions, packing, inverse = pack(ids.cpu(), lengths.cpu())
         tensors = [tokens, positions, inverse, *packing]
         if weight.is_cuda:  # from pinned memory the copy does not wait for kernels that the GPU still has queued
-            tensors = [x.contiguous().pin_memory().to(weight.device, non_blocking=True) for x in tensors]
-        tokens, positions, inverse = tensors[:3]
-        packing = Packing(*tensors[3:])
+            tensors = [x.contiguous().pin_memory() for x in tensors]
+        tokens, positions, inverse, *rest = (x.to(weight.device, non_blocking=weight.is_cuda) for x in tensors)
+        packing = Packing(*rest)
         hidden = tower.embeddings.token_embedding(tokens) + tower.embeddings.position_embedding(positions)
         hidden = hidden[None]  # (1, T, width): the packed batch is one sequence to all that is not attention
         *layers, last = tower.encoder.layers

@@ -119,6 +119,15 @@ def test_feature_space(drawn: list[Any], tmp_path: Path) -> None:
     assert panels[2].get_xlabel() == f"component 1 ({100 * share[0] / share.sum():.0f} % of the variance)"
 
 
+@pytest.mark.filterwarnings("error")
+def test_feature_space_of_collapsed_features_and_many_labels(drawn: list[Any], tmp_path: Path) -> None:
+    """Catches a division by a variance of 0, and a legend of long labels that pushes the panels aside."""
+    one_point, labels = torch.full((90, 4), 0.5), [f"{'long ' * 20}{row % 30}" for row in range(60)] + ["CT"] * 30
+    plots.feature_space([(one_point, one_point)] * 2, labels, tmp_path)
+    texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert len(texts) == 12 and {"CT", "others"} <= set(texts) and max(map(len, texts)) < 30
+
+
 def test_layer_changes_and_their_bars(drawn: list[Any], tmp_path: Path) -> None:
     """Catches a ratio without the scaling of B A, bars under the names of other layers, and towers of one colour."""
     clip = load_clip()

@@ -18,7 +18,8 @@ from clip_medical.errors import UserError
 from clip_medical.evaluation import search
 from clip_medical.evaluation.search import Index, Item
 from clip_medical.model import Clip
-from lora import adapter_parameters, inject, set_strength
+from lora import DoRALinear, LoRALinear, adapter_parameters, inject, set_strength
+from lora.inject import lora_layers
 
 PHANTOMS = [phantom(0, "search", row) for row in range(7)]
 
@@ -134,6 +135,20 @@ def test_features_of_other_weights_are_refused(models: dict[str, Clip], tmp_path
         Index(tmp_path, models)
     set_strength(models["adapted"].model, 1.0)
     assert len(Index(tmp_path, models)) == 2 and sorted(tmp_path.iterdir()) == files
+
+
+def test_trained_parameters_beside_a_and_b_count(tmp_path: Path) -> None:
+    """Catches an index of DoRA searched with other row lengths, and one of LoRA searched with DoRA."""
+    clips = [load_clip() for _ in range(3)]
+    for clip, kind in zip(clips, (LoRALinear, DoRALinear, DoRALinear), strict=True):
+        torch.manual_seed(0)
+        inject(clip.model, layer=kind)
+    next(iter(lora_layers(clips[2].model).values())).get_parameter("magnitude").data *= 1.5
+    for number, clip in enumerate(clips):
+        Index(tmp_path / str(number), {"adapted": clip})
+        for other in clips[:number]:
+            with pytest.raises(UserError, match="other weights"):
+                Index(tmp_path / str(number), {"adapted": other})
 
 
 @pytest.fixture
