@@ -8,10 +8,8 @@ clip_medical/config.py.
 """
 
 import json
-import os
 import shlex
 import sys
-from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -30,9 +28,8 @@ from clip_medical.training import distributed
 from clip_medical.training.device import choose_device
 from clip_medical.training.logging import METRICS
 from clip_medical.training.loss import info_nce
-from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.trainer import Trainer
-from lora import DoRALinear, LoRALinear, count_parameters, inject
+from lora import BiasLoRALinear, DoRALinear, LoRALinear, count_parameters, inject
 from lora.inject import lora_layers
 
 
@@ -40,7 +37,6 @@ def run(preset: str, config: Config) -> int:
     """Train and report one adapter. Returns the exit code: 0 done, 130 stopped by hand with the work saved."""
     folder = distributed.from_rank_0(lambda: choose_folder(preset, config))
     device, dtype, why = choose_device(config.precision)
-    keep_freed_memory(device)
     torch.manual_seed(config.seed)
 
     # data: images with captions
@@ -66,10 +62,9 @@ def run(preset: str, config: Config) -> int:
         clip = load_clip(config.model, device, dtype, encoder=config.encoder)
         towers = None if config.towers == "both" else f"{config.towers}_model"
         targets = config.targets[0] if len(config.targets) == 1 else config.targets  # one alone can be a regex
-        inject(
-            clip.model, targets, config.rank, config.alpha, config.dropout, config.rslora, towers,
-            layer=DoRALinear if config.dora else LoRALinear,
-        )  # fmt: skip
+        kind = DoRALinear if config.dora else LoRALinear if config.bias == "none" else BiasLoRALinear
+        settings = (config.rank, config.alpha, config.dropout, config.rslora)
+        inject(clip.model, targets, *settings, within=towers, layer=kind, modules_to_save=config.modules_to_save)
     clip.model.logit_scale.requires_grad_(config.train_logit_scale)
     print(f"Model    {config.model} on {device.type} in {str(dtype).removeprefix('torch.')}: {why}")
 
@@ -155,15 +150,13 @@ def report(trainer: Trainer, kept_back: Pairs | None, facts: dict[str, Any]) -> 
     print(f"Saved    {folder}: report.md, figures/, adapter/ in PEFT's layout (features read back: {difference:.0e})")
 
 
+@distributed.processes()
 def start() -> int:
-    with distributed.processes():
-        return run(*distributed.from_rank_0(lambda: parse(sys.argv[1:])))
+    return run(*distributed.from_rank_0(lambda: parse(sys.argv[1:])))
 
 
 def main() -> int:
-    silent = int(os.environ.get("RANK", 0)) > 0  # under torchrun, rank 0 alone prints
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if silent else sys.stdout):
-        return cli.exit_code("train.py", start)
+    return cli.exit_code("train.py", start)
 
 
 if __name__ == "__main__":

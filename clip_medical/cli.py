@@ -41,14 +41,18 @@ def parse(kind: type[Options], arguments: list[str], command: str, default: Opti
 
 
 def exit_code(name: str, action: Callable[[], int]) -> int:
-    """Run `action` and return its exit code; 2 after a UserError, 130 after Ctrl-C, 141 for a closed pipe (`|
-    head`)."""
+    """Run `action` and return its exit code; 2 after a UserError, 130 after Ctrl-C, 141 for a closed pipe (`| head`).
+
+    Of several processes that torchrun started, the first one alone prints.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console of Windows cannot show every caption
+    silent = int(os.environ.get("RANK", 0)) > 0
     try:
         try:
-            return action()
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if silent else sys.stdout):
+                return action()
         finally:
             sys.stdout.flush()
     except (UserError, LoRAError) as error:

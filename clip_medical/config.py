@@ -50,13 +50,17 @@ class Config:
     rslora: bool = False
     # DoRA instead: train the length of each row of the weights by itself (Liu et al. 2024).
     dora: bool = False
+    # lora_only: train the biases of the adapted layers too.
+    bias: Literal["none", "lora_only"] = "none"
     # Names of the linear layers to adapt, such as q_proj v_proj visual_projection text_projection; one alone can be
     # all-linear, or a regular expression.
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    # Linear layers to train whole, without LoRA, at a tenth of --lr: visual_projection text_projection, for instance.
+    modules_to_save: tuple[str, ...] = ()
     # Towers to adapt.
     towers: Literal["both", "vision", "text"] = "both"
     # Go on from this adapter of --model, instead of a new one: a run, a folder as PEFT writes it, or one on the Hub.
-    # Rank, alpha, targets and towers are those of the adapter.
+    # Rank, alpha, kind and layers are those of the adapter.
     from_adapter: str | None = None
 
     # Pairs in a contrastive batch, over all processes together. Each pair is contrasted with all others.
@@ -126,8 +130,8 @@ class Config:
         for name in "lr alpha vision_lr max_grad_norm lora_plus logit_scale_lr checkpoint_every_minutes".split():
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number above 0")
-        if self.dora and self.from_adapter:
-            raise UserError("Found --dora with --from-adapter, which says what kind it is. Leave out --dora.")
+        if sum((self.dora, self.bias != "none", self.from_adapter is not None)) > 1:
+            raise UserError("Found two of --dora, --bias and --from-adapter, each a kind of adapter. Keep one of them.")
         for name in ("dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "a number from 0 up to, not including, 1")

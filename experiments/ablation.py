@@ -44,7 +44,6 @@ from clip_medical.model import Clip, load_clip
 from clip_medical.run_folder import read_json
 from clip_medical.training.grad_cache import contrastive_backward
 from clip_medical.training.loss import info_nce, same_rows
-from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.optimizer import Optimizer
 from experiments.common import Experiment, main
 from lora import DoRALinear, count_parameters, inject
@@ -213,7 +212,6 @@ class Ablation(Experiment):
         count, batch = len(data.train), config.batch_size
         if count < 2 * batch:
             raise UserError(f"{count} training pairs are too few for batches of {batch}. Name more data with --data.")
-        keep_freed_memory(base.device)
         bench = Bench(
             config=replace(config, steps=self.steps or config.steps or config.epochs * (count // batch)),
             base=partial(load_clip, base.name, base.device, revision=base.revision),

@@ -27,6 +27,7 @@ from clip_medical.errors import UserError
 from clip_medical.evaluation import plots
 from clip_medical.evaluation.search import Found, Index, Item
 from clip_medical.evaluation.table import as_text
+from clip_medical.training import distributed
 from experiments.common import Experiment, Setup, main
 
 
@@ -70,18 +71,27 @@ class Search(Experiment):
         if self.text and self.image or not (self.add or self.text or self.image):
             raise UserError("Give --add to index images, or either --text or --image to search them.")
 
+    @distributed.processes()
     def perform(self) -> int:
         setup = self.load_models()
         folder = Path(self.index) if self.index else setup.folder / "index"
         if not self.add and not (folder / "index.json").is_file():
             raise UserError(f"{folder} holds no index. Create it with --add.")
-        index = Index(folder, setup.models)
-        for source in self.add:
-            items = self.items_to_add(source, setup)
-            with tqdm(total=len(items), desc="index", unit="image", leave=False) as bar:
-                added = index.add(items, bar.update)
-            counts = f"{added.new:,} images added, {added.known:,} already indexed, {added.duplicates:,} duplicates"
-            print(f"{source}: {counts}, {len(added.unreadable):,} unreadable", *added.unreadable[:3], sep="\n  ")
+        process, processes = distributed.rank(), distributed.world_size()
+        with distributed.rank_0_first():
+            index = Index(folder, setup.models)
+        if self.add:
+            before, items = len(index), [item for source in self.add for item in self.items_to_add(source, setup)]
+            share = items[process::processes]
+            with tqdm(total=len(share), desc="index", unit="image", leave=False, disable=process > 0) as bar:
+                parts = distributed.all_gather_objects(index.add(share, bar.update, process))
+            index.load()  # with what the others added
+            new, unreadable = len(index) - before, [message for part in parts for message in part.unreadable]
+            known, same = sum(part.known for part in parts), sum(part.new + part.duplicates for part in parts) - new
+            counts = f"{new:,} images added, {known:,} already indexed, {same:,} duplicates"
+            print(f"{', '.join(self.add)}: {counts}, {len(unreadable):,} unreadable", *unreadable[:3], sep="\n  ")
+        if process:
+            return 0
         print(f"The index in {folder} holds {len(index):,} images")
         if self.text or self.image:
             self.search(index, setup)

@@ -121,10 +121,8 @@ def make_data(scenes: int, phantoms: int, radiological: float, seed: int) -> tup
         else:
             image = phantom(seed, "pretrain", index).image
             chance = np.random.default_rng((seed, index)).random()
-            wrong = chance < radiological * MISLABELLED
-            caption = (
-                describe(seed, "pretrain", index + wrong)[0] if chance < radiological else describe_plainly(seed, index)
-            )
+            medical, wrong = chance < radiological, chance < radiological * MISLABELLED
+            caption = describe(seed, "pretrain", index + wrong)[0] if medical else describe_plainly(seed, index)
         pixels[row] = torch.tensor(resize_and_crop(image.convert("RGB"), SIZE)).permute(2, 0, 1)
         captions.append(caption)
     return pixels, captions

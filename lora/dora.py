@@ -1,8 +1,7 @@
 """DoRA, weight-decomposed LoRA (Liu et al. 2024, arXiv 2402.09353): the worked example of a subclass of LoRALinear.
 
-Fine-tuning changes the length and the direction of the rows of W. Plain LoRA ties the two changes together; DoRA learns
-the length of each row by itself, and leaves only the direction to B A (section 4.1, with rows for the paper's columns,
-as nn.Linear stores W):
+Plain LoRA changes length and direction of the rows of W together. DoRA learns the length of each row by itself, and
+leaves the direction to B A (section 4.1, with rows for the paper's columns, as nn.Linear stores W):
 
         W + scaling * B A   --->   divide each row by its length   --->   times m (out,)   --->   * x + b
             (out, in)                  direction, unit rows               length, trained
@@ -37,9 +36,9 @@ class DoRALinear(LoRALinear):
     def rescaling(self) -> Tensor:
         """m / |W + D| (out,): what each output is multiplied by."""
         adapted = wide(self.base.weight) + super().delta_weight()
-        # Section 4.3: the length is a constant in the backward pass, which saves memory and costs no accuracy.
-        length: Tensor = adapted.norm(dim=1)
-        return self.magnitude / length.detach().clamp(min=1e-12)  # a row of zeros stays one
+        # Detached (section 4.3): this saves memory and costs no accuracy. Clamped: a row of zeros stays one.
+        length: Tensor = adapted.norm(dim=1).detach().clamp(min=1e-12)
+        return self.magnitude / length
 
     def forward(self, x: Tensor) -> Tensor:
         if self.strength == 0:  # switched off: exactly the base

@@ -1,17 +1,14 @@
 """LoRA, the surgery: putting LoRALinear layers into a model, and taking them out again.
 
-Injection is a transaction in three movements:
-
     plan     which layers, by dotted name          {"text_model...q_proj": Linear(...), ...}
     refuse   anything wrong with that plan, before a single module or flag has been touched
     apply    freeze the model, swap each planned layer for a LoRALinear that holds it
 
-The middle one is why this file is longer than a loop with setattr. Half-injected models, and names that match too much
-or nothing at all, are common ways to lose a day with LoRA, and raise no error: the model trains, and stays its base.
+The second is why this file is longer than a loop with setattr. Half-injected models, and names that match too much or
+nothing at all, are common ways to lose a day with LoRA, and raise no error: the model trains, and stays its base.
 
 Which matrices? Hu et al. (2021) adapt attention weights (section 4.2), find W_q and W_v together better than one matrix
-with as many parameters (7.1; hence the default targets), and very small ranks sufficient (7.2). These are findings on
-language models: where to start, not where to stop.
+with as many parameters (7.1), and very small ranks sufficient (7.2): on language models, so a start and not the end.
 """
 
 import math
@@ -22,63 +19,59 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .full import FullLinear
 from .layer import LoRAError, LoRALinear, check_layer, merged
 
+Names = str | Sequence[str]
 Settings = tuple[int, float, float, bool]  # rank, alpha, dropout, rslora
-Plan = dict[str, tuple[Any, Settings]]  # dotted name -> the layer there, and the settings of its LoRALinear
+Plan = dict[str, tuple[Any, Any, Settings | tuple[()]]]  # name -> the layer there, class of the new one, its settings
 
 
 def inject(
-    model: nn.Module,
-    targets: str | Sequence[str] = ("q_proj", "v_proj"),
-    rank: int = 8,
-    alpha: float = 16.0,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    within: str | Sequence[str] | None = None,
-    layer: type[LoRALinear] = LoRALinear,
-    exclude: str | Sequence[str] = (),
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> list[str]:
+    model: nn.Module, targets: Names = ("q_proj", "v_proj"), rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
+    rslora: bool = False, within: Names | None = None, layer: type[LoRALinear] = LoRALinear, exclude: Names = (),
+    rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Names = (),
+) -> list[str]:  # fmt: skip
     """Adapt every nn.Linear whose name is in `targets`, and freeze all other parameters of the model, in place.
 
     Args:
         targets, exclude: endings of dotted names, compared from dot to dot. "q_proj" means "...self_attn.q_proj" and
-            neither "...q_proj_norm" nor "...mq_proj": a substring match would take them all. A string instead of a
-            list is a regular expression for such an ending; the target "all-linear" is every nn.Linear.
+            neither "...q_proj_norm" nor "...mq_proj": a substring match would take them all. A string alone is a
+            regular expression for such an ending; the target "all-linear" is every nn.Linear.
         rank, alpha, dropout, rslora: as in LoRALinear.
         within: keep to these dotted prefixes. "vision_model" holds "vision_model.x" but not "vision_model2.x".
         layer: LoRALinear or a subclass, called as layer(base, rank, alpha, dropout, rslora).
         rank_pattern, alpha_pattern: regex for the ending of a name -> another rank or alpha; the first that fits.
+        modules_to_save: layers to train whole, as FullLinear, named as in `targets`; `within` is not asked.
 
     Returns: the dotted names of the adapted layers, in module order. Read them: they say what will be trained.
     Raises: LoRAError, with the model untouched, if a name matches nothing, a match is not an nn.Linear, a setting is
         out of range, or the model already holds LoRA.
-
     Convert the base (`model.half()`) before this call, or the adapters go along, and build the optimizer after it.
     """
-    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+    settings, ranks, alphas = (rank, alpha, dropout, rslora), rank_pattern or {}, alpha_pattern or {}
     prefixes = tuple(f"{prefix}." for prefix in ([within] if isinstance(within, str) else within or ()))
-    plan = make_plan(model, targets, (rank, alpha, dropout, rslora), exclude, ranks, alphas)
-    plan = {name: site for name, site in plan.items() if within is None or f"{name}.".startswith(prefixes)}
+    plan = make_plan(model, layer, targets, settings, exclude, ranks, alphas, modules_to_save)
+    plan = {n: s for n, s in plan.items() if s[1] is FullLinear or within is None or f"{n}.".startswith(prefixes)}
     # Each entry must pick something: one that does not is a slip of the pen, and would pass unseen.
-    named = [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
-    idle = [entry for entry in (*named, *ranks, *alphas) if not any(picks(entry, name) for name in plan)]
-    every = make_plan(model, targets, (rank, alpha, dropout, rslora), (), ranks, alphas)
-    idle += [e for e in ([exclude] if isinstance(exclude, str) else exclude) if not any(picks(e, n) for n in every)]
+    named, excluded, saved = ([x] if isinstance(x, str) else x for x in (targets, exclude, modules_to_save))
+    entries = {*named, *saved, *ranks, *alphas} - {"all-linear"}
+    idle = [entry for entry in entries if not any(picks(entry, name) for name in plan)]
+    every = make_plan(model, layer, targets, settings, (), ranks, alphas, ())
+    idle += [entry for entry in excluded if not any(picks(entry, name) for name in every)]
     idle += [prefix[:-1] for prefix in prefixes if not any(f"{name}.".startswith(prefix) for name in plan)]
     if idle or not plan:
         what = f"{sorted(idle)} (targets {targets!r}, within {within!r})"
         raise LoRAError(f"nothing in {type(model).__name__} matches {what}: look into model.named_modules()")
     check_plan(model, plan)
-    for name, (base, (r, *_)) in plan.items():
-        if r > (widest := min(base.weight.shape)):  # a valid layer, and one that buys nothing
-            raise LoRAError(f"{name}: rank is {r}, expected 1 to {widest}, the smaller width of the layer")
-    return apply_plan(model, plan, layer)
+    for name, (base, _, numbers) in plan.items():
+        if numbers and numbers[0] > (widest := min(base.weight.shape)):  # a valid layer, and one that buys nothing
+            raise LoRAError(f"{name}: rank is {numbers[0]}, expected 1 to {widest}, the smaller width of the layer")
+    return apply_plan(model, plan)
 
 
-def picks(entry: str | Sequence[str], name: str) -> bool:
+def picks(entry: Names, name: str) -> bool:
     """Whether a regular expression, or one of a list of names, is the ending of a dotted name, from dot to dot."""
     endings = entry if isinstance(entry, str) else "|".join(map(re.escape, entry))
     try:
@@ -87,16 +80,20 @@ def picks(entry: str | Sequence[str], name: str) -> bool:
         raise LoRAError(f"found {entry!r}, expected a list of names or a regex ({error})") from None
 
 
-def make_plan(model: nn.Module, targets: Any, settings: Settings, exclude: Any, ranks: Any, alphas: Any) -> Plan:
-    """What `targets` pick out, in module order, each with its settings. Arguments as in `inject`."""
+def make_plan(
+    model: nn.Module, layer: Any, targets: Any, settings: Settings, exclude: Any, ranks: Any, alphas: Any, saved: Any
+) -> Plan:
+    """What `targets` and `saved`, which comes first, pick out, in module order. Arguments as in `inject`."""
     plan: Plan = {}
     rank, alpha, dropout, rslora = settings
     for name, module in model.named_modules():
         picked = isinstance(module, nn.Linear) if targets == "all-linear" else picks(targets, name)
-        if picked and not picks(exclude, name):
+        if picks(saved, name):
+            plan[name] = (module, FullLinear, ())
+        elif picked and not picks(exclude, name):
             r = next((value for pattern, value in ranks.items() if picks(pattern, name)), rank)
             a = next((value for pattern, value in alphas.items() if picks(pattern, name)), alpha)
-            plan[name] = (module, (r, a, dropout, rslora))
+            plan[name] = (module, layer, (r, a, dropout, rslora))
     return plan
 
 
@@ -104,12 +101,12 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raise LoRAError if the plan cannot be carried out to its end. Reads the model, changes nothing."""
     if present := lora_layers(model):
         raise LoRAError(f"the model already holds {len(present)} LoRA layers, expected none: remove or merge them")
-    _build(model, plan, lambda site: check_layer(site[0], *site[1]))
+    _build(model, plan, lambda site: check_layer(site[0], *site[2]))
 
 
-def apply_plan(model: nn.Module, plan: Plan, layer: type[LoRALinear] = LoRALinear) -> list[str]:
+def apply_plan(model: nn.Module, plan: Plan) -> list[str]:
     """Carry out a plan that has been checked. Returns the names."""
-    new = _build(model, plan, lambda site: layer(site[0], *site[1]))
+    new = _build(model, plan, lambda site: site[1](site[0], *site[2]))
     model.requires_grad_(False)  # embeddings, norms, temperature and all; the adapters come after and are trainable
     return _place(model, new)
 
@@ -139,10 +136,7 @@ def _place(model: nn.Module, new: Mapping[str, nn.Module]) -> list[str]:
 
 
 def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALinear]:
-    """The LoRALinear layers of a model by dotted name, in module order, each once.
-
-    required: raise LoRAError if there are none. Empty, a second merge would do nothing and be believed.
-    """
+    """The LoRALinear layers by dotted name, in module order, each once. required: raise LoRAError if there are none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if required and not layers:
         raise LoRAError(f"{type(model).__name__} holds no LoRA layers: call inject or load_adapter first")
@@ -155,10 +149,7 @@ def remove(model: nn.Module) -> list[str]:
 
 
 def merge(model: nn.Module) -> list[str]:
-    """Replace each LoRALinear by its `merged` nn.Linear: the adapted model, at the speed and size of the base.
-
-    Returns the names. Raises LoRAError, with the model untouched, if `merged` refuses a layer.
-    """
+    """Replace each LoRALinear by its `merged` nn.Linear, or none if `merged` refuses one. Returns the names."""
     return _place(model, _build(model, lora_layers(model, required=True), merged))
 
 
@@ -174,8 +165,7 @@ def set_strength(model: nn.Module, strength: float) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the `with`, the model is exactly its base; after it, also after an exception, as it was before. Nests."""
     before = {layer: layer.strength for layer in lora_layers(model, required=True).values()}
-    for layer in before:
-        layer.strength = 0.0
+    set_strength(model, 0.0)
     try:
         yield
     finally:
@@ -194,15 +184,13 @@ def own_parameters(layer: LoRALinear) -> dict[str, nn.Parameter]:
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of parameters, shared ones counted once."""
-
     trainable: int  # with requires_grad
     total: int  # of the base model, adapters not included
     percent: float  # 100 * trainable / total
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """CLIP ViT-B/32, r = 8 on q_proj and v_proj of both towers: trainable 491,520, total 151,277,313, percent 0.32."""
+    """Shared ones count once. ViT-B/32, r = 8 on q_proj and v_proj of both towers: 491,520 of 151,277,313, 0.32 %."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = sum(p.numel() for layer in lora_layers(model).values() for p in own_parameters(layer).values())
     total = sum(p.numel() for p in model.parameters()) - added

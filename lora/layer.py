@@ -23,19 +23,18 @@ and force it to be thin, as the product of two small matrices with an inner widt
     y = W x + dW x = W x + (alpha / r) B A x         W: (out, in)   B: (out, r)   A: (r, in)   r << min(out, in)
 
 For a 768 x 768 projection and r = 8, B and A hold 12,288 numbers where W holds 589,824: 2.1 %. Gradients and the two
-moments of Adam exist for those numbers only. The branch is computed as B (A x), never as (B A) x, so that it costs
-r (in + out) multiplications a vector instead of in * out. Six questions a reader asks:
+moments of Adam exist for those only. The branch is computed as B (A x), never as (B A) x: r (in + out) multiplications
+a vector instead of in * out. Six questions a reader asks:
 
-Why is B zero?  So that B A = 0 and step 0 *is* the pretrained model. Were B random, training would start from a
-    damaged model and would first have to repair it.
+Why is B zero?  So that B A = 0 and step 0 *is* the pretrained model, not a damaged one that training has to repair.
 Why is A not zero as well?  With g = dL/dy, dL/dB = scaling * g (A x)^T and dL/dA = scaling * B^T g x^T. With both at
     zero both gradients vanish and nothing ever learns. With B = 0 alone, B moves at the first step and A at the second.
 Why alpha / r?  It keeps the correction's size comparable across ranks, so that a new r asks less for a new learning
-    rate; section 4.1 fixes alpha at the first r tried. Kalajdzievski (2023, arXiv 2312.03732) shows that 1 / r
-    overshoots: activations and gradients keep their size as r grows only under alpha / sqrt(r), here `rslora=True`.
-Why kaiming with a = sqrt(5)?  The bound of kaiming_uniform_ is sqrt(2 / (1 + a^2)) * sqrt(3 / fan_in), for a^2 = 5
-    thus 1 / sqrt(fan_in), as nn.Linear and loralib do it (the paper's text says Gaussian). fan_in is read off the
-    second dimension: were A stored as (in, r), its entries would be sqrt(in / r) times too large, here ten times.
+    rate. Kalajdzievski (2023, arXiv 2312.03732) shows that 1 / r overshoots: activations and gradients keep their size
+    as r grows only under alpha / sqrt(r), here `rslora=True`.
+Why kaiming with a = sqrt(5)?  The bound is sqrt(2 / (1 + a^2)) * sqrt(3 / fan_in) = 1 / sqrt(fan_in), as in nn.Linear
+    and loralib (the paper says Gaussian). fan_in is read off the second dimension: were A stored as (in, r), its
+    entries would be sqrt(in / r) times too large, here ten times.
 Why fp32 for A and B, whatever the base's dtype?  Entries of A near 0.04 lie 2.4e-4 apart in bf16, so that a step of
     1e-4 is rounded away; and GradScaler refuses fp16 gradients. The matrices are tiny: precision is cheap here.
 Why does inference cost nothing extra?  W + scaling * B A has the shape of W; see `merged`.
@@ -60,20 +59,17 @@ class LoRALinear(nn.Module):
     Args:
         base: the pretrained layer, weight (out, in). It is kept as `.base`, frozen, and otherwise never written to.
         rank, alpha: r, 1 or more, and the numerator of the scaling, finite and above 0.
-        dropout: probability, in [0, 1), of dropping an input of the branch. The base path sees x undisturbed:
-            dropping there would change the pretrained function itself.
+        dropout: probability, in [0, 1), of dropping an input of the branch. The base sees all of x, as in pretraining.
         rslora: scaling = alpha / sqrt(r) instead of alpha / r.
 
     Attributes: lora_A (r, in) and lora_B (out, r), the only trainable parameters; `strength`, a dial on the finished
-        adapter, 1.0 as trained and 0.0 for exactly the base model, neither trained nor saved. There is no `.weight`:
-        code that reads one and multiplies by itself, skipping the adapter, stops with an AttributeError.
+        adapter, 1.0 as trained and 0.0 for exactly the base model, neither trained nor saved.
     Shapes: x (..., in) -> y (..., out), in the dtype that the base returns.
     Raises: LoRAError for a base that is not a floating-point nn.Linear, or a setting out of range.
 
     To extend: subclass, override `forward`, and give the class to `inject(model, layer=...)`. Parameters that it adds
-    are trained, counted and kept in checkpoints by themselves. At strength 0 it has to be its base. Override
-    `delta_weight` to match the new forward, and `merged` works. State `peft_fields`, and `peft_tensors` where it adds
-    parameters, and `save_adapter` works, which train.py needs.
+    are trained, counted and kept in checkpoints by themselves. At strength 0 it has to be its base. `merged` needs a
+    `delta_weight` that matches; `save_adapter`, and so train.py, needs `peft_fields`, and `peft_tensors` for new ones.
     """
 
     # How PEFT's files hold this layer: the tensor of each parameter, and the fields of adapter_config.json that say so.
@@ -88,6 +84,7 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout, self.rslora = rank, float(alpha), float(dropout), rslora
         self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.strength = 1.0
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
@@ -99,8 +96,8 @@ class LoRALinear(nn.Module):
         y: Tensor = self.base(x)
         if self.strength == 0:
             return y  # skipped, not multiplied by 0: 0 * NaN is NaN, and "off" has to be the base bit for bit
-        # The casts happen here, to copies: a half-precision product, while autograd brings the gradient back to fp32.
-        # B is scaled and not the result, which has far more numbers.
+        # Copies are cast: a half-precision product, whose gradient autograd brings back to fp32. And B is scaled, not
+        # the result, which has far more numbers.
         A, B = self.lora_A.to(x.dtype), (self.strength * self.scaling * self.lora_B).to(x.dtype)
         branch = F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B)
         return y + branch.to(y.dtype)
@@ -118,14 +115,6 @@ class LoRALinear(nn.Module):
             raise AttributeError(f"LoRALinear has no {name}, which would skip the adapter: merge, or read .base.{name}")
         return super().__getattr__(name)
 
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
-
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling}, dropout={self.dropout}, strength={self.strength}"
 
@@ -139,42 +128,33 @@ def wide(x: Tensor) -> Tensor:
 def merged(layer: LoRALinear) -> nn.Linear:
     """One plain nn.Linear that computes what `layer` computes (in eval mode): weight W + strength * scaling * B A.
 
-    A pure function. Nothing is mutated, so there is no "merged" flag to go stale, no merging twice, no checkpoint saved
-    while merged. Implementations that merge in place, or as a side effect of eval(), must subtract B A again to go on
-    training, and in floating point W + D - D is not W. To get the base back, keep the LoRALinear.
-
-    The sum is taken in fp32 and cast once to the base's dtype. That rounding is all that differs from the unmerged
-    layer, but bf16 keeps 8 significant bits of W + B A: what is finer than W / 256 is lost.
+    A pure function: no "merged" flag to go stale, no merging twice, no checkpoint saved while merged. Implementations
+    that merge in place, or as a side effect of eval(), must subtract B A again to go on training, and in floating point
+    W + D - D is not W. The sum is taken in fp32 and cast once to the base's dtype. That rounding is all that differs
+    from the unmerged layer, but bf16 keeps 8 significant bits of W + B A: what is finer than W / 256 is lost.
 
     Returns: a frozen nn.Linear (in -> out) with its own copies, on the base's device, in its dtype and training mode.
-    Raises: LoRAError if the layer's forward is not W x + b + delta_weight() x, as in a subclass or after an edit; and
-        if the merged weight is not finite, as after diverged training or an overflow of fp16.
+    Raises: LoRAError if the merged weight is not finite, as after diverged training or an overflow of fp16; and if the
+        layer's forward is not affine with W + delta_weight(), as in a subclass or after an edit.
     """
-    weight, delta = layer.base.weight, layer.delta_weight()
-    total = (weight + delta).to(weight.dtype)  # the sum of a half and an fp32 tensor is fp32
-    if not torch.isfinite(total).all():
-        raise LoRAError(f"found NaN or inf in the merged {weight.dtype}: use an earlier adapter, or a float32 base")
-    _check_merge(layer)
-    new = copy.deepcopy(layer.base)
-    new.weight.copy_(total)
+    exact = copy.deepcopy(layer).to(wide(layer.base.weight).dtype).eval()
+    new = copy.deepcopy(exact.base)
+    x = torch.randn(16, new.in_features, generator=torch.Generator().manual_seed(0)).to(new.weight)
+    with torch.autocast(x.device.type, enabled=False):
+        new.weight += exact.delta_weight()
+        if new.bias is not None:
+            new.bias.copy_(exact(torch.zeros_like(x[0])))  # what is left at x = 0: a subclass can train it too
+        found = new(x)
+        difference = (exact(x) - found).norm() / found.norm().clamp(min=1e-30)
+    if not new.to(layer.base.weight.dtype).weight.isfinite().all():
+        raise LoRAError(f"found NaN or inf in the merged {new.weight.dtype}: use an earlier adapter, or a float32 base")
+    if not difference < 1e-4:
+        what = f"a {type(layer).__name__} whose forward differs from W x + b + delta_weight() x by {difference:.1e}"
+        raise LoRAError(f"found {what} of its norm: override delta_weight to match it, or leave this layer unmerged")
     return new.requires_grad_(False).train(layer.training)
 
 
-def _check_merge(layer: LoRALinear) -> None:
-    """Compare forward with W x + b + delta_weight() x on random x, in fp32, whatever the layer's dtype."""
-    exact = copy.deepcopy(layer).float().eval()
-    x = torch.randn(16, exact.base.in_features, generator=torch.Generator().manual_seed(0)).to(exact.base.weight.device)
-    with torch.autocast(x.device.type, enabled=False):
-        expected = F.linear(x, exact.base.weight + exact.delta_weight(), exact.base.bias)
-        difference = (exact(x) - expected).norm() / expected.norm().clamp(min=1e-30)
-    if not difference < 1e-4:
-        found = (
-            f"found a {type(layer).__name__} whose forward differs from W x + b + delta_weight() x by {difference:.1e}"
-        )
-        raise LoRAError(f"{found} of its norm: override delta_weight to match forward, or leave this layer unmerged")
-
-
-def check_layer(base: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
+def check_layer(base: nn.Module, rank: int = 1, alpha: float = 1, dropout: float = 0, rslora: bool = False) -> None:
     """Refuse what LoRALinear cannot be built from, without building it (injection asks first and acts later)."""
     # A subclass may compute something else, and that inside nn.MultiheadAttention is read but never called.
     if type(base) is not nn.Linear:

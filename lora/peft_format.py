@@ -6,11 +6,12 @@
                                     base_model.model.<dotted name>.lora_B.weight  (out, r)
 
 Loaded leniently it goes wrong in silence: where names differ, each B stays zero and the "adapted" model is the base. So
-loading is strict. Config and model together say which tensors there must be, and the file must hold exactly those; a
-field that changes the mathematics is understood or refused by name; all before the model is touched. And nothing is
-unpickled: a pickle can run code, a safetensors file only holds numbers.
+loading is strict: the file must hold exactly the tensors that config and model call for; a field that changes the
+mathematics is understood or refused by name; all before the model is touched. And nothing is unpickled: a pickle can
+run code, a safetensors file only holds numbers.
 """
 
+import copy
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from .full import FullLinear
 from .inject import Plan, apply_plan, check_plan, lora_layers, make_plan, own_parameters
 from .layer import LoRAError, LoRALinear
 
@@ -34,8 +36,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # last three PEFT reads only if others ask for it); and harmless values of some more: how A and B began does not matter,
 # but for schemes (PiSSA, OLoRA, ...) that alter W too. Anything else is refused unless empty, tomorrow's fields too.
 USED: dict[str, Any] = {"r": None, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False}
-SELECTION = "target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern".split()
-USED |= dict.fromkeys(SELECTION)
+USED |= dict.fromkeys("target_modules exclude_modules modules_to_save rank_pattern alpha_pattern".split())
+USED |= dict.fromkeys(["layers_to_transform", "layers_pattern"])
 NOTES = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 NOTES |= {"megatron_core", "qalora_group_size", "eva_config"}
 INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -46,22 +48,27 @@ EMPTY: tuple[object, ...] = (None, False, "", [], {})
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base_model: str | None = None) -> None:
     """Write the adapters of `model` into `folder`, which is made if need be; other files in it are left alone.
 
-    Writes: A (r, in) and B (out, r) of every adapted layer in fp32, the settings, with a pattern for each layer whose
-        rank or alpha is not the most frequent one, and the name of the base model, for instance
-        "openai/clip-vit-base-patch32", as a note.
+    Writes: what each adapted layer has trained, in fp32; the settings, with a pattern for each layer whose rank or
+        alpha is not the most frequent one; and the name of the base model, such as "openai/clip-vit-base-patch32".
     Raises: LoRAError if there is no LoRA, the model is wrapped (its names would be the wrapper's), a tensor is not
         finite, a strength is not 1, layers built by hand differ in class, dropout or rslora, or their class is a
         subclass of LoRALinear that does not state how PEFT's file holds it.
     """
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         raise LoRAError(f"found a {type(model).__name__}, expected the model inside: pass its ._orig_mod or .module")
-    layers = lora_layers(model, required=True)
-    found = sorted({(x.dropout, x.rslora, x.strength) for x in layers.values()})
-    dropout, rslora, strength = found[0]
-    kind = _check_kind(layers)
-    if len(found) > 1 or strength != 1:
-        what = f"(dropout, rslora, strength) = {found}"
-        raise LoRAError(f"found {what}, expected one set for all layers, with strength 1: the file holds no more")
+    every = lora_layers(model, required=True)
+    layers = {name: layer for name, layer in every.items() if not isinstance(layer, FullLinear)}
+    found = {(type(layer), layer.dropout, layer.rslora) for layer in layers.values()}
+    if len(found) != 1 or any(layer.strength != 1 for layer in every.values()):
+        sets = sorted({(type(x).__name__, x.dropout, x.rslora, x.strength) for x in every.values()})
+        expected = "one set for all that are not whole, with strength 1: the file holds no more"
+        raise LoRAError(f"found layers with (class, dropout, rslora, strength) = {sets}, expected {expected}")
+    kind, dropout, rslora = found.pop()
+    own = {name for layer in layers.values() for name in own_parameters(layer)}
+    if "peft_fields" not in vars(kind) or not own <= kind.peft_tensors.keys():  # PEFT would take it for plain LoRA
+        what = f"{kind.__name__}, a subclass of LoRALinear, with the parameters {sorted(own)}"
+        fields = f"`peft_fields`, such as {{'peft_type': '{kind.__name__.upper()}'}}"
+        raise LoRAError(f"found {what}, expected {fields} and `peft_tensors` of its own, which name all of them")
     names, leaves = list(layers), sorted({name.rpartition(".")[2] for name in layers})
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
@@ -77,31 +84,40 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base_model: s
         "target_modules": leaves if by_leaf else _exactly(*names),
         "rank_pattern": {_exactly(name): x.rank for name, x in layers.items() if x.rank != rank},
         "alpha_pattern": {_exactly(name): x.alpha for name, x in layers.items() if x.alpha != alpha},
+        "modules_to_save": [name for name in every if name not in layers] or None,
     }
-    parameters = _tensors(layers)
+    parameters = _tensors(every)
     tensors = {key: parameter.detach().float().cpu().contiguous() for key, parameter in parameters.items()}
     _check_tensors(tensors, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    # Both are written beside their places, and only then moved: a save cut short leaves the old ones. Config last: in a
+    # new folder it is the sign of a complete save, and during a training run its text stays the same.
     files = {WEIGHTS_FILE: save(tensors, {"format": "pt"}), CONFIG_FILE: json.dumps(config, indent=2).encode()}
-    _write_whole(Path(folder), files)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as part:
+        for name, content in files.items():
+            with open(Path(part, name), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # without it, a power cut can leave the new name on an empty file
+        for name in files:
+            os.replace(Path(part, name), Path(folder, name))
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Inject as the config in `folder` says, then fill every A and B from its tensors; freezes the rest of the model.
-
-    fp16 and bf16 tensors are read into fp32 parameters, trainable, with the file's dropout.
+    """Inject as the config in `folder` says, then fill the adapter, in fp32, from its tensors; freezes all else.
 
     Returns: the dotted names of the adapted layers, in module order.
     Raises: LoRAError, with the model untouched, if a file is missing, damaged or a pickle; the config asks for what is
         not implemented here; the model holds LoRA already; or a tensor is missing, unexpected, misshapen or not finite.
     """
     config, tensors, kind = _read(Path(folder))
-    plan = _plan(model, config)
+    plan = _plan(model, config, kind)
     check_plan(model, plan)
     # Layers without memory (device "meta") tell which tensors the file must hold before the model is touched.
-    blank = {name: nn.Linear(base.in_features, base.out_features, device="meta") for name, (base, _) in plan.items()}
-    expected = _tensors({name: kind(blank[name], *settings) for name, (_, settings) in plan.items()})
+    blank = {name: copy.deepcopy(base).to("meta") for name, (base, *_) in plan.items()}
+    expected = _tensors({name: new(blank[name], *settings) for name, (_, new, settings) in plan.items()})
     _check_tensors(tensors, {key: tuple(parameter.shape) for key, parameter in expected.items()})
-    names = apply_plan(model, plan, kind)
+    names = apply_plan(model, plan)
     with torch.no_grad():
         for key, parameter in _tensors(lora_layers(model, required=True)).items():
             parameter.copy_(tensors[key])
@@ -117,16 +133,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], type[LoRALin
         config = {"peft_type": None} | USED | json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, TypeError, SafetensorError) as error:  # TypeError: JSON, but no object
-        raise LoRAError(
-            f"cannot read the adapter in {folder} ({error}): expected {CONFIG_FILE} and {WEIGHTS_FILE}, whole, as "
-            "save_adapter or PEFT's save_pretrained write them; pickles (.bin, .pt) can run code and are never opened"
-        ) from None
-    # The class whose fields the config has; a subclass, which has more of them, before LoRALinear.
+        expected = f"{CONFIG_FILE} and {WEIGHTS_FILE}, whole; pickles (.bin, .pt) can run code and are never opened"
+        raise LoRAError(f"cannot read the adapter in {folder} ({error}): expected {expected}") from None
     kinds = [LoRALinear]
     for kind in kinds:  # grows while it is walked, so that it holds subclasses of subclasses too
         kinds += kind.__subclasses__()
     fitting = [kind for kind in kinds if "peft_fields" in vars(kind) and kind.peft_fields.items() <= config.items()]
-    # Reversed: of two classes with the same fields, such as a notebook's cell run twice, the later one.
+    # The one with the most fields; of two that have the same, such as a notebook's cell run twice, the later.
     kind = max(reversed(fitting), key=lambda kind: len(kind.peft_fields), default=LoRALinear)
     for field, value in config.items():  # peft_type comes first: it explains all the rest
         known = (field, value) in kind.peft_fields.items() or field in USED or field in NOTES
@@ -135,23 +148,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], type[LoRALin
     return config, tensors, kind
 
 
-def _check_kind(layers: Mapping[str, LoRALinear]) -> type[LoRALinear]:
-    """The class of all layers; LoRAError unless it is one, and PEFT's file can hold it."""
-    kinds = {type(layer) for layer in layers.values()}
-    kind = kinds.pop()
-    own = {name for layer in layers.values() for name in own_parameters(layer)}
-    if kinds:
-        raise LoRAError(f"found layers of the classes {kind.__name__} and {kinds.pop().__name__}, expected one class")
-    if "peft_fields" not in vars(kind):  # PEFT would take its file for plain LoRA
-        method = f"those of its method, or {{'peft_type': '{kind.__name__.upper()}'}}, which PEFT refuses by that name"
-        raise LoRAError(f"found {kind.__name__}, a subclass of LoRALinear, expected `peft_fields`: {method}")
-    if own != kind.peft_tensors.keys():
-        named = f"{sorted(own)}, expected those that `peft_tensors` names: {sorted(kind.peft_tensors)}"
-        raise LoRAError(f"found {kind.__name__} with the parameters {named}")
-    return kind
-
-
-def _plan(model: nn.Module, config: Mapping[str, Any]) -> Plan:
+def _plan(model: nn.Module, config: Mapping[str, Any], kind: type[LoRALinear] = LoRALinear) -> Plan:
     """The layers that a config of PEFT selects, with their settings; LoRAError where a field cannot be understood."""
     settings = (config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"])
     targets, numbers = config["target_modules"], config["layers_to_transform"]
@@ -159,15 +156,17 @@ def _plan(model: nn.Module, config: Mapping[str, Any]) -> Plan:
         if not targets:
             raise TypeError("it selects nothing")
         patterns = (config["rank_pattern"] or {}, config["alpha_pattern"] or {})
-        plan = make_plan(model, targets, settings, config["exclude_modules"] or (), *patterns)
+        whole = "|".join(f".*{re.escape(name)}" for name in config["modules_to_save"] or ())  # the end of any name
+        plan = make_plan(model, kind, targets, settings, config["exclude_modules"] or (), *patterns, whole)
         if numbers is None or numbers == []:
             return plan
         names, wanted = config["layers_pattern"] or r"[^.]*", [numbers] if isinstance(numbers, int) else list(numbers)
         before = names if isinstance(names, str) else "|".join(names)  # the number of the layer; in PEFT's default any
         found = {name: re.match(rf".*\.(?:{before})\.(\d+)\.", name) for name in plan}
-        return {name: plan[name] for name, match in found.items() if match and int(match.groups()[-1]) in wanted}
+        chosen = {name for name, match in found.items() if match and int(match.groups()[-1]) in wanted}
+        return {name: site for name, site in plan.items() if name in chosen or site[1] is FullLinear}
     except (re.error, TypeError, AttributeError) as error:
-        fields = {field: config[field] for field in SELECTION if config[field] not in EMPTY}
+        fields = {field: config[field] for field in USED if config[field] not in EMPTY}
         raise LoRAError(f"found {fields}, expected target_modules, all as PEFT writes them ({error})") from None
 
 
@@ -179,9 +178,9 @@ def _exactly(*names: str) -> str:
 def _tensors(layers: Mapping[str, LoRALinear]) -> dict[str, nn.Parameter]:
     """Name in the file -> parameter. "base_model.model" is PEFT's wrapper, in its names although there is none here."""
     return {
-        f"base_model.model.{name}.{tensor}": layer.get_parameter(parameter)
+        f"base_model.model.{name}.{layer.peft_tensors[own]}": parameter
         for name, layer in layers.items()
-        for parameter, tensor in type(layer).peft_tensors.items()
+        for own, parameter in own_parameters(layer).items()
     }
 
 
@@ -194,23 +193,5 @@ def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, object]) 
     wrong = [key for key in {**shapes, **found} if found.get(key) != shapes.get(key)]
     if wrong or not shapes:
         first = "; ".join(f"{k} found {found.get(k, 'none')}, expected {shapes.get(k, 'none')}" for k in wrong[:3])
-        raise LoRAError(
-            f"{len(wrong)} tensors are not those that config and model call for ({first}): "
-            "the adapter is for another model or rank, or damaged, or has diverged in training"
-        )
-
-
-def _write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files beside their places and only then move each into its own: a save cut short leaves the old ones.
-
-    Config last: in a new folder it is the sign of a complete save, and during a training run its text stays the same.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".saving-", dir=folder) as part:
-        for name, content in files.items():
-            with open(Path(part, name), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # without it, a power cut can leave the new name on an empty file
-        for name in files:
-            os.replace(Path(part, name), folder / name)
+        what = f"{len(wrong)} tensors are not those that config and model call for ({first})"
+        raise LoRAError(f"{what}: the adapter is for another model or rank, or damaged, or has diverged in training")

@@ -60,6 +60,8 @@ def randomise(model: nn.Module) -> None:
         for name, p in model.named_parameters():
             if "lora_" in name:
                 p.normal_(std=0.2)
+            elif p.requires_grad:  # a bias, or a whole weight, near the value that it starts from
+                p.add_(torch.randn_like(p), alpha=0.1)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -83,6 +85,13 @@ CASES: dict[str, dict[str, Any]] = {
     "some layers": {"layers_to_transform": [0, 7], "layers_pattern": "layers"},
     "layers of several names": {"layers_to_transform": 1, "layers_pattern": ["layers", "blocks"]},
     "rank above a width": {"target_modules": ["visual_projection"], "r": 30},
+    "biases": {"bias": "lora_only"},
+    "biases where there are some": {"bias": "lora_only", "target_modules": ["q_proj", "visual_projection"]},
+    "whole projections": {"modules_to_save": ["visual_projection", "text_projection", "no_such_layer"]},
+    "whole layers by the end of a name": {"modules_to_save": ["projection", "vision_model.encoder.layers.0.mlp.fc1"]},
+    "whole projections and biases": {"modules_to_save": ["visual_projection", "fc1"], "bias": "lora_only"},
+    "whole projections beside dora": {"modules_to_save": ["text_projection"], "use_dora": True},
+    "whole projections and one layer": {"modules_to_save": ["text_projection"], "layers_to_transform": 1},
 }
 
 
@@ -108,7 +117,8 @@ def test_peft_to_us_and_back(tmp_path: Path, case: str) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     ours = make_clip()
     names = load_adapter(ours, tmp_path / "theirs")
-    assert names == [n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
+    kinds = (peft.tuners.lora.Linear, peft.utils.ModulesToSaveWrapper)
+    assert names == [n for n, m in theirs.base_model.model.named_modules() if isinstance(m, kinds)]
     expected = logits(theirs)
     assert (expected - logits(make_clip())).abs().max() > 1e-3, "the adapter must change the logits"
     torch.testing.assert_close(logits(ours), expected, rtol=1e-12, atol=1e-12)
@@ -119,7 +129,7 @@ def test_peft_to_us_and_back(tmp_path: Path, case: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
         again = peft.PeftModel.from_pretrained(make_clip(), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(again), expected, rtol=1e-12, atol=1e-12)
-    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters() if "lora_" in n} for m in (again, theirs)]
+    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (again, theirs)]
     assert shapes[0] == shapes[1], "the same layers, no more and no fewer"
 
     for dtype in (torch.float64, torch.float32):  # in double the merged logits are equal, in fp32 the merged weights

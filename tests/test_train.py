@@ -27,10 +27,11 @@ from clip_medical.data.batches import prepare
 from clip_medical.data.dataset import load_data
 from clip_medical.errors import UserError
 from clip_medical.evaluation.report import evaluate
+from clip_medical.evaluation.search import identity
 from clip_medical.model import Clip
 from clip_medical.run_folder import choose_folder, load_base
 from clip_medical.training import trainer as trainer_module
-from lora import DoRALinear
+from lora import BiasLoRALinear, DoRALinear, FullLinear
 from lora.inject import lora_layers
 from tests.encoders import ENCODERS
 
@@ -338,6 +339,30 @@ def test_dora_is_trained_and_read_back(tmp_path: Path, monkeypatch: pytest.Monke
     layers = lora_layers(load_run(tmp_path / "run").model)
     assert all(type(layer) is DoRALinear for layer in layers.values())
     assert layers.keys() == {name for name, m in load_clip().model.named_modules() if type(m) is torch.nn.Linear}
+
+
+def test_whole_layers_and_biases_are_trained_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a flag that trains plain LoRA, an adapter that cannot be trained further, and an index that takes two
+    models of different projections for one."""
+    flags, first, second = (
+        ["--bias", "lora_only", "--modules-to-save", "visual_projection"],
+        tmp_path / "1",
+        tmp_path / "2",
+    )
+    assert run(monkeypatch, *SMALL, *flags, "--steps", "2", "--output", first) == 0
+    assert {name.rpartition(".")[2] for name in adapter(first)} == {"weight", "bias"}
+    assert run(monkeypatch, *SMALL, "--from-adapter", first, "--steps", "2", "--output", second) == 0
+    clips = [load_run(folder) for folder in (first, second)]
+    for clip in clips:
+        kinds = {name: type(layer) for name, layer in lora_layers(clip.model).items()}
+        assert kinds.pop("visual_projection") is FullLinear and set(kinds.values()) == {BiasLoRALinear}
+        assert clip.encoder.name == "fast"
+    whole: list[Any] = [clip.model.visual_projection for clip in clips]
+    assert not torch.equal(whole[0].trained_weight, whole[0].base.weight), "it was trained"
+    assert not torch.equal(whole[0].trained_weight, whole[1].trained_weight), "and trained further"
+    before = identity(clips[0])
+    whole[0].trained_weight.data[0, 0] += 1
+    assert identity(clips[0]) != before
 
 
 def image_folder(folder: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("file_name", "text")) -> Path:

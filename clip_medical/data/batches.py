@@ -66,8 +66,7 @@ def prepare(split: Split, processor: Processor, name: str) -> Pairs:
     if len(readable) < len(split):
         summary += f"; {len(split) - len(readable):,} unreadable images left out, listed there in unreadable.tsv"
     rows = Split(readable.captions, readable.ids, readable.labels, cache.image, readable.origins)
-    vocabulary = processor.tokenizer.convert_ids_to_tokens(list(range(len(processor.tokenizer))))
-    kinds = word_tokens(vocabulary)
+    kinds = word_tokens(processor.tokenizer.convert_ids_to_tokens(list(range(len(processor.tokenizer)))))
     return Pairs(cache, tokens, lengths, caption_ids, image_ids, rows, summary, kinds, cut_text, digests=cache.digests)
 
 

@@ -83,9 +83,7 @@ class Cache:
             for image, row in zip(images, rows, strict=True):
                 file.seek(int(self.offsets[row]))
                 if file.readinto(image[: self.channels[row]].data) < int(self.channels[row]) * self.size**2:
-                    raise UserError(
-                        f"{file.name} is shorter than its index says. Delete {self.folder} and start again."
-                    )
+                    raise UserError(f"{file.name} is shorter than its index. Delete {self.folder} and start again.")
                 image[self.channels[row] :] = image[0]  # a grey image among coloured ones
         return images
 

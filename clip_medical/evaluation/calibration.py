@@ -48,12 +48,8 @@ def calibrate(clip: Clip, pairs: Pairs) -> dict[str, dict[str, Any]]:
         if sets := label_sets(named):
             labels, truth = sets
             each = zip(labels, multilabel_scores(clip, facet, labels, images[known]).T, truth.T, strict=True)
-            thresholds = {
-                label: best_threshold(scores, true)
-                for label, scores, true in each
-                if (true == 1).any() and (true == 0).any()
-            }
-            clip.calibration[facet] = {"thresholds": thresholds}
+            both = [(label, x, true) for label, x, true in each if (true == 1).any() and (true == 0).any()]
+            clip.calibration[facet] = {"thresholds": {label: best_threshold(x, true) for label, x, true in both}}
         else:
             classes = sorted(set(named))
             truth = torch.tensor([classes.index(name) for name in named])

@@ -1,10 +1,10 @@
 """A searchable index of images, on disk in parts that are either complete or absent.
 
 index.json            the models that computed the features, by hash: other models are refused
-part-00000.parquet    a row per image: name, source, caption, labels (JSON), hash of the pixels, thumbnail (JPEG), and
+part-00000-0.parquet  a row per image: name, source, caption, labels (JSON), hash of the pixels, thumbnail (JPEG), and
                       for each model its feature (D,), fp32, unit length
 
-Adding can be interrupted and continued: images in finished parts are not read again. Identical images are stored once,
+Adding can be interrupted and continued: images in finished parts are not read again. Identical images are found once,
 under the name that came first. Thumbnails stay on disk until they are shown. Other programs read the parts as they are:
 see "Search at scale" in clip_medical/export/README.md.
 """
@@ -114,29 +114,37 @@ class Index:
                 f"The index in {folder} was built with other weights ({', '.join(stored)}), so its features cannot be "
                 "compared with those of this model. Search with the model that built it, or choose another --index."
             )
-        self._load()
+        self.load()
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Read what is in the folder now."""
         if any(self.folder.glob("part-*.arrow")):
             raise UserError(f"An earlier version built the index in {self.folder}. Delete it and add the images again.")
         self.parts = sorted(self.folder.glob("part-*.parquet"))
         tables = [read_part(part, [*TEXTS, *(FEATURE + model for model in self.models)]) for part in self.parts]
-        self.table = pa.concat_tables(t.select(TEXTS) for t in tables) if tables else SCHEMA.empty_table()
+        every = pa.concat_tables(t.select(TEXTS) for t in tables) if tables else SCHEMA.empty_table()
         self.ends = np.cumsum([len(table) for table in tables])  # of each part: the row after its last one
+        # The first of each image: processes that add at the same time do not see what the others store.
+        self.rows = np.sort(np.unique(every["hash"].to_numpy(), return_index=True)[1])
+        self.table = every.take(self.rows)
         columns = {m: [t[FEATURE + m].combine_chunks().flatten() for t in tables] for m in self.models if tables}
-        self.features = {m: torch.from_numpy(np.concatenate(c)).view(len(self), -1) for m, c in columns.items()}
+        matrix = (len(every), -1)
+        self.features = {m: torch.from_numpy(np.concatenate(c).reshape(matrix)[self.rows]) for m, c in columns.items()}
 
-    def add(self, items: Iterable[Item], progress: Callable[[int], Any] = lambda count: None) -> Added:
-        """Add the images that the index does not have yet. progress: called with the number of images processed."""
+    def add(self, items: Iterable[Item], progress: Callable[[int], Any] = lambda _: None, process: int = 0) -> Added:
+        """Add the images that the index does not have yet. progress: called with the number of images processed.
+
+        process: number of this process, where several add their shares at the same time.
+        """
         items, names = list(items), set(zip(*(self.table[c].to_pylist() for c in ("source", "name")), strict=True))
         unknown = list({(i.source, i.name): i for i in items if (i.source, i.name) not in names}.values())
         progress(len(items) - len(unknown))
         hashes = set(self.table["hash"].to_pylist())
-        number = 1 + int(self.parts[-1].stem.removeprefix("part-")) if self.parts else 0
-        before, duplicates, unreadable = len(self), 0, []
+        number = 1 + int(self.parts[-1].stem.split("-")[1]) if self.parts else 0
+        new, duplicates, unreadable = 0, 0, []
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for start in range(0, len(unknown), PART):
@@ -151,13 +159,13 @@ class Index:
                             rows.append(row)
                     if rows:
                         features = self._encode(torch.from_numpy(np.stack([row["pixels"] for row in rows])))
-                        part = self.folder / f"part-{number:05d}.parquet"
+                        part = self.folder / f"part-{number:05d}-{process}.parquet"
                         write_part(part, pa.Table.from_pylist(rows, SCHEMA), features)
-                        number += 1
+                        number, new = number + 1, new + len(rows)
                     progress(len(chunk))
         finally:
-            self._load()
-        return Added(len(self) - before, len(items) - len(unknown), duplicates, unreadable)
+            self.load()
+        return Added(new, len(items) - len(unknown), duplicates, unreadable)
 
     def _read(self, item: Item) -> dict[str, Any]:
         """Return the columns of an item and its "pixels" (3, S, S) uint8, or {"error"} if it cannot be read."""
@@ -190,6 +198,7 @@ class Index:
 
     def thumbnail(self, row: int) -> Image.Image:
         """Return the thumbnail of a row, read from its part."""
+        row = int(self.rows[row])
         part = int(np.searchsorted(self.ends, row, side="right"))
         column = read_part(self.parts[part], ["thumbnail"])["thumbnail"]
-        return Image.open(io.BytesIO(column[int(row - self.ends[part])].as_py()))  # counted from the end
+        return Image.open(io.BytesIO(column[row - int(self.ends[part])].as_py()))  # counted from the end

@@ -94,6 +94,8 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 def all_gather_objects(value: Any) -> list[Any]:
     """The `value` of each process, in the order of their ranks."""
+    if world_size() == 1:
+        return [value]
     box: list[Any] = [None] * world_size()
     dist.all_gather_object(box, value)
     return box

@@ -62,7 +62,7 @@ def flight_check(clip: Clip, batch: Batch, loss: Loss, optimizer: Optimizer, pla
     memory = f"{plan.forecast / GIB:.1f} of {plan.limit / GIB:.1f} GiB"
     print(f"Adapter  {layers} layers: {count.trainable:,} trainable parameters, {count.percent:.2f} % of CLIP's{above}")
     print(f"Check    first loss {first_loss.item():.2f}, chance level {chance:.2f}")
-    print(f"         gradients in all lora_B and in no frozen weight; adapter {adapter_file}")
+    print(f"         gradients in every adapted layer and in no frozen weight; adapter {adapter_file}")
     print(f"Plan     {steps} steps of {pairs} pairs{shared} {plan.describe(pairs // processes)}")
     print(f"         about {minutes:.1f} minutes, {memory}")
     return chance
@@ -74,27 +74,27 @@ def gradient_problems(model: nn.Module, called: set[nn.Module], optimizer: Optim
     reached = {name for name, p in parameters.items() if p.grad is not None and p.grad.any()}
     frozen = {name for name, p in parameters.items() if not p.requires_grad}
     optimized = {id(p) for p in optimizer.parameters}
+    forgotten = [n for n, p in parameters.items() if n not in frozen and id(p) not in optimized]
     return {
         "forward was not called": [name for name, layer in layers.items() if layer not in called],
-        "no gradient": [f"{name}.lora_B" for name in layers if f"{name}.lora_B" not in reached],
+        # while B is zero A has none
+        "no gradient": [n for n in parameters if n.endswith((".lora_B", ".trained_weight")) and n not in reached],
         "gradient in a frozen weight": sorted(reached & frozen),
-        "trainable, but not in the optimizer": [
-            name for name, p in parameters.items() if p.requires_grad and id(p) not in optimized
-        ],
+        "trainable, but not in the optimizer": forgotten,
     }
 
 
 def check_file_and_merge(model: nn.Module) -> str:
-    """Save, reload and merge a copy of the adapter with random B, and say how that went.
+    """Save, reload and merge a random adapter in a copy of the model, and say how that went.
 
     Raises LoRAError where save_adapter refuses, UserError where the reloaded tensors differ. A layer that cannot be
     merged can still be trained: that is reported and no error.
     """
     trial = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
-    for layer in lora_layers(trial).values():
-        layer.lora_B.data += torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
-    before = [p.detach().clone() for p in adapter_parameters(trial)]
+    before = adapter_parameters(trial)
+    for p in before:
+        p.data += torch.randn(p.shape, generator=generator).to(p)
     with TemporaryDirectory() as folder:
         save_adapter(trial, folder)
         remove(trial)

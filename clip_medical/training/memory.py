@@ -4,7 +4,6 @@ What a step needs beyond weights and features are the activations that autograd 
 linearly with the pairs that are encoded at a time, so counting them for a few pairs predicts a large chunk.
 """
 
-import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -110,19 +109,6 @@ def explain_out_of_memory(trainer: Any) -> Iterator[None]:
             f"Give {' or '.join(flags)}, which leaves the loss as it is"
             f"{'. --resume continues from the last checkpoint.' if (trainer.folder / STATE).is_file() else '.'}"
         ) from error
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU under Linux, let the C library keep the memory of freed tensors for the next ones.
-
-    By default glibc returns large blocks to the system, which clears and maps every page again at the next tensor.
-    Blocks that start at a huge page leave smaller gaps: the peak of a step of ViT-B/32 falls by a seventh.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first large tensor
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(c_library := ctypes.CDLL(None), "mallopt"):
-        c_library.mallopt(mmap_max, 0)
-        c_library.mallopt(trim_threshold, -1)  # never
 
 
 def memory_limit(device: torch.device) -> int:

@@ -9,6 +9,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clip_medical.config import Config
 
+WHOLE = 0.1
+"""Learning rate of a weight that is trained whole, as a multiple of LoRA's (Biderman et al. 2024, arXiv 2405.09673)."""
+
 
 class Optimizer:
     """Optimizer, learning-rate schedule and loss scaling for all trainable parameters of a model.
@@ -20,16 +23,14 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: Config, steps: int, scaled: bool = False) -> None:
         """model: a CLIPModel; steps: length of the schedule; scaled: whether to scale the loss, as fp16 needs."""
         self.logit_scale: nn.Parameter = model.logit_scale  # type: ignore[assignment]
-        parts: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # by: a B?, of a vision tower with its own rate?
+        rates: dict[float, list[nn.Parameter]] = {}
         for name, p in model.named_parameters():
             if p.requires_grad and p is not self.logit_scale:
-                vision = config.vision_lr != 1 and name.startswith("vision_model.")
-                parts.setdefault((name.endswith("lora_B"), vision), []).append(p)
-        groups: list[dict[str, Any]] = []
-        for is_b, vision in sorted(parts):
-            # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B starts at zero and has further to go
-            factor = (config.lora_plus if is_b else 1) * (config.vision_lr if vision else 1)
-            groups.append({"params": parts[is_b, vision], "lr": config.lr * factor})
+                # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B starts at zero and has further to go
+                rate = config.lr * (config.lora_plus if name.endswith("lora_B") else 1)
+                rate *= config.vision_lr if name.startswith("vision_model.") else 1
+                rates.setdefault(rate * (WHOLE if ".trained_" in name else 1), []).append(p)
+        groups: list[dict[str, Any]] = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
         if self.logit_scale.requires_grad:
             groups.append({"params": [self.logit_scale], "lr": config.logit_scale_lr, "weight_decay": 0.0})
         warmup = max(1, round(config.warmup * steps))

@@ -51,7 +51,8 @@ class Trainer:
         self.steps = config.steps or config.epochs * (len(train) // config.batch_size)
         self.optimizer = Optimizer(clip.model, config, self.steps, scaled=clip.dtype == torch.float16)
         self.plan, self.best, self.done, self.chance = Plan(), Best(), 0, math.nan
-        if config.batch_size % distributed.world_size():
+        self.pairs_per_process, rest = divmod(config.batch_size, distributed.world_size())
+        if rest:
             processes = distributed.world_size()
             raise UserError(f"--batch-size {config.batch_size} is not a multiple of the {processes} processes.")
         if len(train.caption_ids.unique()) == 1:
@@ -59,7 +60,6 @@ class Trainer:
                 f"All {len(train):,} training captions are {train.split.captions[0][:80]!r} to the model, so nothing "
                 "tells the images apart. Choose another --caption-column, or write captions with --template."
             )
-        self.pairs_per_process = config.batch_size // distributed.world_size()
         self.precision = str(clip.dtype).removeprefix("torch.")
         content = json.dumps([list(train.digests), train.split.captions]).encode()
         self.identity = {"training pairs": hashlib.sha256(content).hexdigest(), "base model": clip.fingerprint}
@@ -164,7 +164,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint. Called by all processes; rank 0 writes."""
         own = random_state(self.clip.device)
-        states = distributed.all_gather_objects(own) if distributed.world_size() > 1 else [own]
+        states = distributed.all_gather_objects(own)
         if distributed.rank() == 0:
             state = {"step": self.done, "optimizer": self.optimizer.state_dict(), "best": asdict(self.best),
                      "random": states, "plan": asdict(self.plan), "plan_for": self.plan_for, "chance": self.chance,
@@ -193,11 +193,10 @@ class Trainer:
             print(f"         the steps so far were computed by the {state['encoder']} encoder: rounding can differ")
         self.done, self.best, self.chance = state["step"], Best(**state["best"]), state["chance"]
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["plan_for"] == self.plan_for:
-            self.plan = Plan(**state["plan"])  # made anew it could come out differently, and with it the rounding
-        else:
-            epoch = Epoch(self.train_pairs, self.config, 0)
-            self.plan = make_plan(self.clip, epoch, self.config, self.pairs_per_process)
+        self.plan = Plan(**state["plan"])  # made anew it could come out differently, and with it the rounding
+        if state["plan_for"] != self.plan_for:
+            first = Epoch(self.train_pairs, self.config, 0)
+            self.plan = make_plan(self.clip, first, self.config, self.pairs_per_process)
         self.clip.set_checkpointing(self.plan.checkpointing)
         restore(state["random"][distributed.rank() % len(state["random"])])
         report = self.folder / "report.md"

@@ -29,7 +29,6 @@ from clip_medical.data.processor import Processor
 from clip_medical.data.splits import Split
 from clip_medical.model import Clip, load_clip, place
 from clip_medical.training.grad_cache import contrastive_backward
-from clip_medical.training.memory import keep_freed_memory
 from clip_medical.training.optimizer import Optimizer
 from experiments.benchmark.inputs import Row
 from lora import inject
@@ -84,7 +83,6 @@ def adapted_clip(device: torch.device, dtype: torch.dtype, encoder: str = "auto"
 
 def ours(task: Task, encoder: str) -> Contender:
     """This project's training loop, with the encoder "fast" or "reference"."""
-    keep_freed_memory(task.device)  # as train.py does; in a shared process the other contenders profit as well
     clip = adapted_clip(task.device, task.dtype, encoder)
     clip.model.train()
     files, captions = [str(file) for file, _ in task.rows], [caption for _, caption in task.rows]

@@ -86,6 +86,20 @@ def test_known_images_are_not_read_again(models: dict[str, Clip], tmp_path: Path
     assert (added.new, added.known, added.duplicates) == (0, 0, 7) and len(Index(tmp_path, models)) == 7
 
 
+def test_processes_that_add_at_the_same_time(models: dict[str, Clip], tmp_path: Path) -> None:
+    """Catches parts that overwrite each other, an image that is found twice, and rows out of step without it."""
+    indexes = [Index(tmp_path, models), Index(tmp_path, models)]  # opened before the other has stored anything
+    first = [item._replace(name=f"a {item.name}") for item in items(range(4))]
+    assert indexes[0].add(first, process=0).new == 4 and indexes[1].add(items(), process=1).new == 7
+    index = Index(tmp_path, models)
+    assert len(index) == 7 and len(index.parts) == 5
+    for row, shown in enumerate(PHANTOMS):
+        hit = index.search("adapted", models["adapted"].encode_images(shown.image)[0], k=2)[0]
+        assert hit.name.endswith(f"phantom {row}") and hit.score == pytest.approx(1, abs=1e-5)
+        difference = np.asarray(index.thumbnail(hit.row).convert("L"), float) - np.asarray(shown.image, float)
+        assert np.abs(difference).mean() < 6
+
+
 def test_interrupted_build_continues(models: dict[str, Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a part that counts although it was not written completely, and finished parts built a second time."""
     replace = os.replace
@@ -160,7 +174,7 @@ def index_folder(models: dict[str, Clip], tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("size", [0, 50, 0.5, -10, None])
 def test_damaged_part_is_named(index_folder: Path, models: dict[str, Clip], size: float | None) -> None:
     """Catches a traceback from the depths of Arrow, a search over the remaining rows, and one flipped bit (None)."""
-    file = index_folder / "part-00000.parquet"
+    file = index_folder / "part-00000-0.parquet"
     content = bytearray(file.read_bytes())
     content[pq.ParquetFile(file).metadata.row_group(0).column(6).data_page_offset + 999] ^= 1  # in a feature
     file.write_bytes(content[: int(size * len(content)) if isinstance(size, float) else size])
@@ -178,7 +192,7 @@ def test_an_index_of_an_earlier_version_is_refused(index_folder: Path, models: d
 def test_other_programs_read_the_parts(index_folder: Path, models: dict[str, Clip]) -> None:
     """Catches vectors of no fixed length, which vector databases refuse, and thumbnails held in memory by the index."""
     index = Index(index_folder, models)
-    table = pq.read_table(index_folder / "part-00000.parquet")
+    table = pq.read_table(index_folder / "part-00000-0.parquet")
     assert table["name"].to_pylist() == ["phantom 0", "phantom 1"]
     for model, features in index.features.items():
         column = table["feature: " + model]

@@ -1,5 +1,7 @@
 """The search experiment: index, add, query."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ def test_index_add_and_query(
     flags = ("--run", finished, "--output", tmp_path / "out")
     assert command("search", *flags, "--add", "validation", tmp_path / "images") == 0
     printed = capsys.readouterr().out
-    assert "validation: 40 images added" in printed and "3 images added, 0 already indexed" in printed
+    assert f"validation, {tmp_path / 'images'}: 43 images added, 0 already indexed, 0 duplicates" in printed
     assert "1 unreadable" in printed and "holds 43 images" in printed
 
     assert command("search", *flags, "--add", tmp_path / "images", "--image", images / "1.png", "--k", 2) == 0
@@ -39,3 +41,24 @@ def test_index_add_and_query(
     assert len(content["hits"]["adapted"]) == 5 and content["hits"]["adapted"] != content["hits"]["unadapted"]
     with Image.open(tmp_path / "out" / "search.png") as figure:
         assert figure.width > 500
+
+
+@pytest.mark.slow
+def test_processes_share_the_images(tmp_path: Path) -> None:
+    """Catches images that no process of torchrun encodes, or two; images found twice; and lines printed by each."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for row in range(6):
+        phantom(5, "other", row).image.save(images / f"{row}.png")
+    phantom(5, "other", 0).image.save(images / "9.png")  # the same image, in the share of the other process
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    flags = ["experiments.search", "--model", "tiny-clip", "--output", str(tmp_path), "--add", str(images)]
+    query = ["--image", str(images / "4.png"), "--k", "9"]
+    for added, known in ((6, 0), (0, 6)):
+        run = subprocess.run([*torchrun, *flags, *query], capture_output=True, text=True, check=True)
+        assert f"{added} images added, {known} already indexed, 1 duplicates, 0 unreadable" in run.stdout
+        assert run.stdout.count("holds 6 images") == 1
+        hits = results(tmp_path, "search")["results"]["hits"]["unadapted"]
+        assert hits[0]["name"] == "4.png" and {hit["name"] for hit in hits} <= {f"{row}.png" for row in range(10)}
+        assert len(hits) == 6
+    assert {file.stem[-2:] for file in (tmp_path / "index").glob("part-*.parquet")} == {"-0", "-1"}

@@ -14,7 +14,7 @@ from clip_medical import load_clip
 from clip_medical.encoder import Sample
 from clip_medical.errors import UserError
 from clip_medical.model import Clip
-from lora import LoRALinear, adapter_parameters, disabled, inject
+from lora import BiasLoRALinear, DoRALinear, LoRALinear, adapter_parameters, disabled, inject
 from lora.inject import lora_layers
 
 packed = pytest.importorskip("clip_medical.fast.packed")
@@ -64,7 +64,7 @@ def attention_dropout() -> Clip:
 REASONS: dict[str, Callable[[], Clip]] = {
     "a hook is registered on vision_model.encoder.layers.1": hooked,
     "forward of text_model.encoder.layers.0.mlp was replaced": replaced,
-    "is a Doubled, a subclass of LoRALinear": lambda: adapted(layer=Doubled),
+    "is a Doubled, a layer that CLIP does not have": lambda: adapted(layer=Doubled),
     "dropout is on in text_model.encoder.layers.0.self_attn.v_proj": lambda: adapted(dropout=0.1),
     "dropout is on in text_model.encoder.layers.1.self_attn": attention_dropout,
     "vision_model.encoder.layers.0.layer_norm1 is a Scaled": unknown,
@@ -80,6 +80,14 @@ def test_the_reference_takes_over_and_the_reason_is_named(reason: str) -> None:
     clip.requested_encoder = "fast"
     with pytest.raises(UserError, match="--encoder fast is not possible"):
         clip.encoder_choice(choice_sample(clip))
+
+
+@pytest.mark.parametrize("layer", [LoRALinear, BiasLoRALinear, DoRALinear])
+def test_all_layers_of_lora_run_in_the_fast_encoder(layer: type[LoRALinear]) -> None:
+    """Catches a kind of adapter that is trained by the slower encoder for no reason."""
+    clip = load_clip()
+    inject(clip.model, layer=layer, modules_to_save=["visual_projection", "text_projection"])
+    assert clip.encoder_choice().encoder.name == "fast", clip.encoder_choice().reason
 
 
 def choice_sample(clip: Clip) -> Sample:

@@ -166,7 +166,7 @@ def test_the_files_are_those_of_peft(folder: Path) -> None:
         "peft_type": "LORA", "r": 2, "lora_alpha": 3.0, "lora_dropout": 0.0, "use_rslora": False,
         "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "some/model",
         "auto_mapping": {"base_model_class": "Net", "parent_library": __name__},
-        "rank_pattern": {}, "alpha_pattern": {},
+        "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
     }  # fmt: skip
 
 
@@ -205,7 +205,11 @@ def test_loading_keeps_mode_and_base(folder: Path, training: bool) -> None:
         ({"peft_type": "DELETE"}, "peft_type = None"),
         ({"use_qalora": True}, "use_qalora"),
         ({"bias": "all"}, "bias = 'all'"),
-        ({"modules_to_save": ["classifier"]}, "modules_to_save"),
+        ({"modules_to_save": ["out"]}, "out.weight found none, expected \\(8, 8\\)"),
+        ({"modules_to_save": ["vision"]}, "vision: found Sequential, expected nn.Linear"),
+        ({"modules_to_save": 3}, "modules_to_save"),
+        ({"bias": "lora_only"}, "q_proj.base_layer.bias found none, expected"),
+        ({"bias": "lora_only", "use_dora": True}, "asks for (bias|use_dora)"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"layers_to_transform": [0]}, "12 tensors.*expected none"),

@@ -176,21 +176,3 @@ def test_a_process_has_its_own_peak() -> None:
     )
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert peak < len(block) < memory.memory_in_use(CPU, peak=True)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the setting is one of glibc")
-def test_freed_memory_is_kept_for_the_next_tensor() -> None:
-    """Catches memory that is returned to the system after each tensor, and memory that is kept but not used again."""
-    code = """
-import torch
-from clip_medical.training.memory import keep_freed_memory, memory_in_use
-cpu = torch.device("cpu")
-keep_freed_memory(cpu)
-before = memory_in_use(cpu)
-for _ in range(10):
-    torch.ones(2**24)  # 64 MiB, dropped at once
-more = memory_in_use(cpu) - before
-assert 2**25 < more < 2**28, more  # of 640 MiB in all
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from clip_medical.config import Config
 from clip_medical.training.optimizer import Optimizer
+from lora import FullLinear
 
 
 class Model(nn.Module):
@@ -130,6 +131,20 @@ def test_the_vision_tower_can_have_its_own_rate() -> None:
         assert moved[f"{tower}.lora_B"] == pytest.approx(2 * rate_of_a, rel=1e-2)
 
 
+def test_a_whole_weight_has_a_tenth_of_the_rate() -> None:
+    """Catches the rate of LoRA on a whole weight, which destroys in a few steps what was pretrained."""
+    model = Model()
+    model.projection = FullLinear(nn.Linear(4, 4))
+    optimizer = make(model=model, lr=1e-3, warmup=0.0, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    backward(optimizer)
+    optimizer.step(1e9)
+    moved = {name: (p - before[name]).abs().mean().item() for name, p in model.named_parameters()}
+    assert moved["lora_B"] == pytest.approx(1e-3, rel=1e-2)
+    for name in ("projection.trained_weight", "projection.trained_bias"):
+        assert moved[name] == pytest.approx(1e-4, rel=1e-2)
+
+
 def test_every_trainable_parameter_is_optimized() -> None:
     """Catches a parameter that a subclass of LoRALinear adds, or a weight that was unfrozen, left out."""
     model = Model()
@@ -151,7 +166,7 @@ def test_logit_scale_stays_in_its_range(start: float, direction: float, end: flo
 def test_a_frozen_logit_scale_is_neither_trained_nor_saved() -> None:
     """Catches a temperature that is trained without --train-logit-scale."""
     optimizer = make(model=Model(train_logit_scale=False))
-    assert len(optimizer.weights()) == 2 and len(optimizer.adamw.param_groups) == 2
+    assert len(optimizer.weights()) == 2 and sum(len(g["params"]) for g in optimizer.adamw.param_groups) == 2
 
 
 def test_a_loaded_state_continues_like_the_original() -> None:
