@@ -29,7 +29,7 @@ from clip_medical.training.device import choose_device
 from clip_medical.training.logging import METRICS
 from clip_medical.training.loss import info_nce
 from clip_medical.training.trainer import Trainer
-from lora import BiasLoRALinear, DoRALinear, LoRALinear, count_parameters, inject
+from lora import BiasLoRALinear, DoRALinear, FullLinear, LoRALinear, count_parameters, inject
 from lora.inject import lora_layers
 
 
@@ -54,7 +54,7 @@ def run(preset: str, config: Config) -> int:
         sep="\n         ",
     )
 
-    # model and adapter: all weights of CLIP are frozen; A and B are added to each target layer
+    # model and adapter: all weights of CLIP are frozen; what is trained is added beside them
     if config.from_adapter:
         clip = load_run(config.from_adapter, device, dtype, config.encoder, base=config.model)
         clip.calibration = {}  # it is chosen anew
@@ -111,7 +111,7 @@ def provenance(preset: str, trainer: Trainer, data: Data) -> dict[str, Any]:
         "data": {"source": data.source, "training pairs": len(trainer.train_pairs),
                  "validation pairs": len(trainer.validation_pairs), "fingerprint": data_fingerprint(data)},
         "model": {"base": config.model, "revision": clip.revision, "fingerprint": clip.fingerprint,
-                  "rank": next(iter(lora_layers(clip.model).values())).rank,
+                  "rank": next(x.rank for x in lora_layers(clip.model).values() if not isinstance(x, FullLinear)),
                   "trainable parameters": parameters.trainable, "base parameters": parameters.total,
                   "trainable in per cent": round(parameters.percent, 3)},
         "environment": environment(),

@@ -48,7 +48,7 @@ def exit_code(name: str, action: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console of Windows cannot show every caption
-    silent = int(os.environ.get("RANK", 0)) > 0
+    silent = "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
     try:
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if silent else sys.stdout):

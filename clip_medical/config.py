@@ -50,7 +50,7 @@ class Config:
     rslora: bool = False
     # DoRA instead: train the length of each row of the weights by itself (Liu et al. 2024).
     dora: bool = False
-    # lora_only: train the biases of the adapted layers too.
+    # lora_only: train the biases of the adapted layers too, at a tenth of --lr.
     bias: Literal["none", "lora_only"] = "none"
     # Names of the linear layers to adapt, such as q_proj v_proj visual_projection text_projection; one alone can be
     # all-linear, or a regular expression.
@@ -130,8 +130,10 @@ class Config:
         for name in "lr alpha vision_lr max_grad_norm lora_plus logit_scale_lr checkpoint_every_minutes".split():
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "a number above 0")
-        if sum((self.dora, self.bias != "none", self.from_adapter is not None)) > 1:
-            raise UserError("Found two of --dora, --bias and --from-adapter, each a kind of adapter. Keep one of them.")
+        given = (self.from_adapter, self.dora, self.bias != "none")
+        if sum(map(bool, given)) > 1 or self.from_adapter and self.modules_to_save:
+            what = "two of --from-adapter, --dora and --bias, or --from-adapter with --modules-to-save"
+            raise UserError(f"Found {what}. Keep one of them: an adapter says itself what it is.")
         for name in ("dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "a number from 0 up to, not including, 1")

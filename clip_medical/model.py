@@ -84,26 +84,27 @@ class Clip:
         """The encoder in use. It is chosen at the first call, and again when a layer or a hook of the model changed."""
         return self.encoder_choice().encoder
 
-    def encoder_choice(self, sample: Sample | None = None) -> Choice:
-        """The encoder and the reason for it; with `sample`, chosen anew on these inputs."""
+    def encoder_choice(self) -> Choice:
+        """The encoder and the reason for it."""
         # what the choice depends on, besides the numbers; the fast encoder itself replaces activation functions
-        structure = [
+        structure: list[Any] = [self.requested_encoder] + [
             (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks),
              len(m._backward_pre_hooks), getattr(m, "dropout", 0), "forward" in vars(m))
             for name, m in self.model.named_modules()
             if not name.endswith("activation_fn")
         ]  # fmt: skip
-        if self._choice is not None and sample is None and structure == self._chosen_for:
+        if self._choice is not None and structure == self._chosen_for:
             return self._choice
-        if sample is None:  # noise images and random captions of all lengths, two of them equal; all share a start
-            generator, p = torch.Generator().manual_seed(0), self.processor
-            size, context, end = p.image_size, p.context_length, p.tokenizer.eos_token_id
-            words = min(cast(Any, self.model.config).text_config.vocab_size, end)
-            ids = torch.randint(0, words, (7, context), generator=generator)
-            ids[:, 0], lengths = ids[0, 0], torch.linspace(2, context, 7).long()
-            ids = ids.where(torch.arange(context) < lengths[:, None] - 1, end)
-            noise = torch.randn(2, 3, size, size, generator=generator).to(self.device)
-            sample = Sample(noise, torch.cat([ids, ids[3:4]]), torch.cat([lengths, lengths[3:4]]))
+        # noise images and random captions of all lengths, two of them equal; all share a start, some of them more
+        generator, p = torch.Generator().manual_seed(0), self.processor
+        size, context, end = p.image_size, p.context_length, p.tokenizer.eos_token_id
+        words = min(cast(Any, self.model.config).text_config.vocab_size, end)
+        ids = torch.randint(0, words, (7, context), generator=generator)
+        ids[:, 0], ids[4:, : context // 4] = ids[0, 0], ids[4, : context // 4]
+        lengths = torch.linspace(2, context, 7).long()
+        ids = ids.where(torch.arange(context) < lengths[:, None] - 1, end)
+        noise = torch.randn(2, 3, size, size, generator=generator).to(self.device)
+        sample = Sample(noise, torch.cat([ids, ids[3:4]]), torch.cat([lengths, lengths[3:4]]))
         self._choice, self._chosen_for = choose_encoder(self.model, self.requested_encoder, sample), structure
         return self._choice
 

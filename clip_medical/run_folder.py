@@ -76,8 +76,9 @@ def _refuse_another_run(folder: Path, config: Config) -> None:
             old = stored[name]
             flag = ("--no-" if old is False else "--") + name.replace("_", "-")
             given = "" if isinstance(old, bool) else " " + (" ".join(old) if isinstance(old, list) else str(old))
+            way = f"without {flag}" if old in ([], None) else f"with {flag}{given}"
             raise UserError(
-                f"The run in {folder} has {flag}{given}, not {value}. Resume it with {flag}{given}, or start a new run."
+                f"The run in {folder} was started {way}, found {value}. Resume it {way}, or start a new run."
             )
 
 

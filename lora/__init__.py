@@ -1,12 +1,10 @@
-"""LoRA written by hand: low-rank adapters for the nn.Linear layers of any PyTorch model. Read the files in this order:
+"""LoRA by hand, for the nn.Linear layers of any PyTorch model, with torch and safetensors alone. Read in this order:
 
-    layer.py         the mathematics: y = W x + b + scaling * B A x, its initialisation, its merge
-    inject.py        putting that layer into a model: plan, refuse, apply; and taking it out again
-    peft_format.py   saving and strict loading, in the layout of Hugging Face PEFT
-    dora.py          DoRA as an example of a subclass
-    full.py          a trained bias beside LoRA, and a whole layer trained
-
-Nothing here depends on CLIP; only torch and safetensors are imported.
+layer.py         the mathematics: y = W x + b + scaling * B A x, its initialisation, its merge
+inject.py        putting that layer into a model: plan, refuse, apply; and taking it out again
+peft_format.py   saving and strict loading, in the layout of Hugging Face PEFT
+dora.py          DoRA as an example of a subclass
+full.py          a trained bias beside LoRA, and a whole layer trained
 """
 
 from .dora import DoRALinear

@@ -3,8 +3,9 @@
     BiasLoRALinear    y = W x + b + scaling * B A x + (b' - b)      PEFT's bias="lora_only"
     FullLinear        y = W x + b +      (W' - W) x + (b' - b)      PEFT's modules_to_save
 
-The trained copies W' and b' stand beside the frozen originals, so that all else works as with LoRA. FullLinear costs
-in * out numbers, not r (in + out). It suits small layers: the two projections are 0.43 % of CLIP ViT-B/32.
+W' and b' start as copies of W and b, and are trained. W and b stay as they are and the difference is added, so that the
+adapter can be scaled, switched off, removed and merged as LoRA can. A whole layer costs in * out numbers and a second
+product, which suits small ones, such as the two projections of CLIP: 0.43 % of ViT-B/32.
 """
 
 from typing import Any
@@ -35,19 +36,20 @@ class BiasLoRALinear(LoRALinear):
 
 
 class FullLinear(BiasLoRALinear):
-    """An nn.Linear that is trained whole, in fp32: see `modules_to_save` of `inject`."""
+    """An nn.Linear that is trained whole, in fp32. A LoRALinear for whatever looks for those, but without A and B."""
 
     peft_tensors = {"trained_weight": "weight", "trained_bias": "bias"}
 
     def __init__(self, base: nn.Linear) -> None:
-        super().__init__(base, rank=1)
+        super().__init__(base, rank=1)  # checks and freezes the base; W' takes the place of A and B
         del self.lora_A, self.lora_B
         self.trained_weight = nn.Parameter(wide(base.weight.detach()).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        branch = F.linear(x, self.delta_weight().to(x.dtype)).to(y.dtype)
-        return y if self.strength == 0 else self.plus_bias(y + branch)
+        if self.strength == 0:
+            return y
+        return self.plus_bias(y + F.linear(x, self.delta_weight().to(x.dtype)).to(y.dtype))
 
     def delta_weight(self) -> Tensor:
         """strength * (W' - W), (out, in)."""

@@ -43,7 +43,7 @@ def inject(
         within: keep to these dotted prefixes. "vision_model" holds "vision_model.x" but not "vision_model2.x".
         layer: LoRALinear or a subclass, called as layer(base, rank, alpha, dropout, rslora).
         rank_pattern, alpha_pattern: regex for the ending of a name -> another rank or alpha; the first that fits.
-        modules_to_save: layers to train whole, as FullLinear, named as in `targets`; `within` is not asked.
+        modules_to_save: layers to train whole, as FullLinear, instead of adapting them; `within` is not asked.
 
     Returns: the dotted names of the adapted layers, in module order. Read them: they say what will be trained.
     Raises: LoRAError, with the model untouched, if a name matches nothing, a match is not an nn.Linear, a setting is
@@ -56,12 +56,14 @@ def inject(
     plan = {n: s for n, s in plan.items() if s[1] is FullLinear or within is None or f"{n}.".startswith(prefixes)}
     # Each entry must pick something: one that does not is a slip of the pen, and would pass unseen.
     named, excluded, saved = ([x] if isinstance(x, str) else x for x in (targets, exclude, modules_to_save))
-    entries = {*named, *saved, *ranks, *alphas} - {"all-linear"}
-    idle = [entry for entry in entries if not any(picks(entry, name) for name in plan)]
+    whole = [name for name, site in plan.items() if site[1] is FullLinear]
+    low_rank = [name for name in plan if name not in whole]
     every = make_plan(model, layer, targets, settings, (), ranks, alphas, ())
-    idle += [entry for entry in excluded if not any(picks(entry, name) for name in every)]
-    idle += [prefix[:-1] for prefix in prefixes if not any(f"{name}.".startswith(prefix) for name in plan)]
-    if idle or not plan:
+    entries = [*ranks, *alphas, *(() if targets == "all-linear" else named)]
+    places = [(entries, low_rank), (saved, whole), (excluded, every)]
+    idle = [entry for entries, names in places for entry in entries if not any(picks(entry, name) for name in names)]
+    idle += [prefix[:-1] for prefix in prefixes if not any(f"{name}.".startswith(prefix) for name in low_rank)]
+    if idle or not low_rank:
         what = f"{sorted(idle)} (targets {targets!r}, within {within!r})"
         raise LoRAError(f"nothing in {type(model).__name__} matches {what}: look into model.named_modules()")
     check_plan(model, plan)

@@ -96,8 +96,7 @@ class LoRALinear(nn.Module):
         y: Tensor = self.base(x)
         if self.strength == 0:
             return y  # skipped, not multiplied by 0: 0 * NaN is NaN, and "off" has to be the base bit for bit
-        # Copies are cast: a half-precision product, whose gradient autograd brings back to fp32. And B is scaled, not
-        # the result, which has far more numbers.
+        # Copies are cast; autograd brings the gradient back to fp32. B is scaled, not the result with its many numbers.
         A, B = self.lora_A.to(x.dtype), (self.strength * self.scaling * self.lora_B).to(x.dtype)
         branch = F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B)
         return y + branch.to(y.dtype)
@@ -112,7 +111,7 @@ class LoRALinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:  # called for what is not there
         if name in ("weight", "bias"):  # some modules of torch take them and never call the layer
-            raise AttributeError(f"LoRALinear has no {name}, which would skip the adapter: merge, or read .base.{name}")
+            raise AttributeError(f"{type(self).__name__} has no {name}, which skips the adapter: merge, or read .base")
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
@@ -146,7 +145,7 @@ def merged(layer: LoRALinear) -> nn.Linear:
             new.bias.copy_(exact(torch.zeros_like(x[0])))  # what is left at x = 0: a subclass can train it too
         found = new(x)
         difference = (exact(x) - found).norm() / found.norm().clamp(min=1e-30)
-    if not new.to(layer.base.weight.dtype).weight.isfinite().all():
+    if not all(p.isfinite().all() for p in new.to(layer.base.weight.dtype).parameters()):
         raise LoRAError(f"found NaN or inf in the merged {new.weight.dtype}: use an earlier adapter, or a float32 base")
     if not difference < 1e-4:
         what = f"a {type(layer).__name__} whose forward differs from W x + b + delta_weight() x by {difference:.1e}"

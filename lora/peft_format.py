@@ -51,29 +51,28 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base_model: s
     Writes: what each adapted layer has trained, in fp32; the settings, with a pattern for each layer whose rank or
         alpha is not the most frequent one; and the name of the base model, such as "openai/clip-vit-base-patch32".
     Raises: LoRAError if there is no LoRA, the model is wrapped (its names would be the wrapper's), a tensor is not
-        finite, a strength is not 1, layers built by hand differ in class, dropout or rslora, or their class is a
-        subclass of LoRALinear that does not state how PEFT's file holds it.
+        finite, a strength is not 1, layers differ in class, dropout or rslora, or PEFT's format cannot hold them.
     """
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         raise LoRAError(f"found a {type(model).__name__}, expected the model inside: pass its ._orig_mod or .module")
     every = lora_layers(model, required=True)
-    layers = {name: layer for name, layer in every.items() if not isinstance(layer, FullLinear)}
+    layers = {name: layer for name, layer in every.items() if type(layer) is not FullLinear}
     found = {(type(layer), layer.dropout, layer.rslora) for layer in layers.values()}
     if len(found) != 1 or any(layer.strength != 1 for layer in every.values()):
         sets = sorted({(type(x).__name__, x.dropout, x.rslora, x.strength) for x in every.values()})
-        expected = "one set for all that are not whole, with strength 1: the file holds no more"
-        raise LoRAError(f"found layers with (class, dropout, rslora, strength) = {sets}, expected {expected}")
+        raise LoRAError(f"found (class, dropout, rslora, strength) = {sets}, expected one set for LoRA, strength 1")
     kind, dropout, rslora = found.pop()
     own = {name for layer in layers.values() for name in own_parameters(layer)}
     if "peft_fields" not in vars(kind) or not own <= kind.peft_tensors.keys():  # PEFT would take it for plain LoRA
         what = f"{kind.__name__}, a subclass of LoRALinear, with the parameters {sorted(own)}"
-        fields = f"`peft_fields`, such as {{'peft_type': '{kind.__name__.upper()}'}}"
-        raise LoRAError(f"found {what}, expected {fields} and `peft_tensors` of its own, which name all of them")
-    names, leaves = list(layers), sorted({name.rpartition(".")[2] for name in layers})
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+        raise LoRAError(f"found {what}, expected `peft_fields` of its own, and `peft_tensors` that name them all")
+    whole = [name for name in every if name not in layers]
+    if [name for name, _ in model.named_modules() if name.endswith(tuple(whole))] != whole:
+        raise LoRAError(f"found {whole} trained whole, but PEFT would select every layer whose name ends like that")
+    rank, alpha = (Counter(getattr(x, n) for x in layers.values()).most_common(1)[0][0] for n in ("rank", "alpha"))
     # Last names, if they select these layers and no other; else a regex of the full names, which always does.
-    by_leaf = list(_plan(model, USED | {"target_modules": leaves})) == names
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    by_leaf = list(_plan(model, USED | {"target_modules": leaves})) == list(layers)
     config = kind.peft_fields | {
         "base_model_name_or_path": base_model,
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
@@ -81,16 +80,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base_model: s
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "use_rslora": rslora,
-        "target_modules": leaves if by_leaf else _exactly(*names),
+        "target_modules": leaves if by_leaf else _exactly(*layers),
         "rank_pattern": {_exactly(name): x.rank for name, x in layers.items() if x.rank != rank},
         "alpha_pattern": {_exactly(name): x.alpha for name, x in layers.items() if x.alpha != alpha},
-        "modules_to_save": [name for name in every if name not in layers] or None,
+        "modules_to_save": whole or None,
     }
     parameters = _tensors(every)
     tensors = {key: parameter.detach().float().cpu().contiguous() for key, parameter in parameters.items()}
     _check_tensors(tensors, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    # Both are written beside their places, and only then moved: a save cut short leaves the old ones. Config last: in a
-    # new folder it is the sign of a complete save, and during a training run its text stays the same.
+    # Written aside, then moved: a save cut short leaves the old files. Config last, the sign of a whole one.
     files = {WEIGHTS_FILE: save(tensors, {"format": "pt"}), CONFIG_FILE: json.dumps(config, indent=2).encode()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".saving-", dir=folder) as part:
@@ -144,7 +142,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], type[LoRALin
     for field, value in config.items():  # peft_type comes first: it explains all the rest
         known = (field, value) in kind.peft_fields.items() or field in USED or field in NOTES
         if not known and value not in HARMLESS.get(field, EMPTY):
-            raise LoRAError(f"{folder} asks for {field} = {value!r}: load it by PEFT, or import its layer class first")
+            raise LoRAError(f"{folder} asks for {field} = {value!r}: load it by PEFT, or import a class for it first")
     return config, tensors, kind
 
 

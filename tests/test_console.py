@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_medical import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -73,3 +75,24 @@ def test_a_run_with_the_installed_wheel(tmp_path: Path) -> None:
     model = ["--model", "tiny-clip", "--limit", 20]
     result = console("classify", *model, "--facet", "modality", cwd=tmp_path, package=tmp_path / "site")
     assert result.returncode == 0 and (tmp_path / "zero_shot.json").is_file(), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "printed"),
+    [
+        ({}, True),
+        ({"RANK": "1"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_one_process_of_torchrun_prints(
+    variables: dict[str, str], printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches each line N times on N GPUs, and a command that is silent for a variable that is no business of ours."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.exit_code("name", lambda: print("a line") or 0) == 0
+    assert ("a line" in capsys.readouterr().out) == printed

@@ -344,18 +344,20 @@ def test_dora_is_trained_and_read_back(tmp_path: Path, monkeypatch: pytest.Monke
 def test_whole_layers_and_biases_are_trained_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a flag that trains plain LoRA, an adapter that cannot be trained further, and an index that takes two
     models of different projections for one."""
-    flags, first, second = (
-        ["--bias", "lora_only", "--modules-to-save", "visual_projection"],
-        tmp_path / "1",
-        tmp_path / "2",
-    )
+    flags = ["--bias", "lora_only", "--modules-to-save", "k_proj", "visual_projection"]
+    first, second = tmp_path / "1", tmp_path / "2"
     assert run(monkeypatch, *SMALL, *flags, "--steps", "2", "--output", first) == 0
     assert {name.rpartition(".")[2] for name in adapter(first)} == {"weight", "bias"}
+    assert json.loads((first / "report.json").read_text())["model"]["rank"] == 8, "not that of a whole layer"
+    assert json.loads((first / "metrics.jsonl").read_text().splitlines()[0])["lr"] == PRESETS["demo"].lr
+    for refused in (["--modules-to-save", "text_projection"], ["--bias", "lora_only"], ["--dora"]):
+        assert run(monkeypatch, *SMALL, "--from-adapter", first, *refused) == 2
     assert run(monkeypatch, *SMALL, "--from-adapter", first, "--steps", "2", "--output", second) == 0
     clips = [load_run(folder) for folder in (first, second)]
     for clip in clips:
         kinds = {name: type(layer) for name, layer in lora_layers(clip.model).items()}
-        assert kinds.pop("visual_projection") is FullLinear and set(kinds.values()) == {BiasLoRALinear}
+        whole_layers = {kinds.pop(name) for name in list(kinds) if not name.endswith(("q_proj", "v_proj"))}
+        assert whole_layers == {FullLinear} and set(kinds.values()) == {BiasLoRALinear}
         assert clip.encoder.name == "fast"
     whole: list[Any] = [clip.model.visual_projection for clip in clips]
     assert not torch.equal(whole[0].trained_weight, whole[0].base.weight), "it was trained"

@@ -5,7 +5,7 @@ part-00000-0.parquet  a row per image: name, source, caption, labels (JSON), has
                       for each model its feature (D,), fp32, unit length
 
 Adding can be interrupted and continued: images in finished parts are not read again. Identical images are found once,
-under the name that came first. Thumbnails stay on disk until they are shown. Other programs read the parts as they are:
+under one of their names. Thumbnails stay on disk until they are shown. Other programs read the parts as they are:
 see "Search at scale" in clip_medical/export/README.md.
 """
 

@@ -39,10 +39,6 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     if file.exists():
         os.replace(file, folder / PREVIOUS)
     os.replace(part, file)
-    if hasattr(os, "O_DIRECTORY"):  # the new names have to reach the disk too
-        directory = os.open(file.parent, os.O_DIRECTORY)
-        os.fsync(directory)
-        os.close(directory)
 
 
 def load(folder: Path) -> dict[str, Any] | None:

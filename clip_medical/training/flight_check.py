@@ -56,7 +56,7 @@ def flight_check(clip: Clip, batch: Batch, loss: Loss, optimizer: Optimizer, pla
     chance = loss(equal, equal, clip.model.logit_scale.detach(), positives).item()
 
     count, layers, pairs = count_parameters(clip.model), len(lora_layers(clip.model)), len(batch.rows)
-    above = "" if count.percent < 1 else ", above 1 %: lower --rank for less"
+    above = "" if count.percent < 1 else ", above 1 %: lower --rank, or train fewer layers"
     processes = distributed.world_size()
     shared = f" on {processes} processes, each" if processes > 1 else ","
     memory = f"{plan.forecast / GIB:.1f} of {plan.limit / GIB:.1f} GiB"

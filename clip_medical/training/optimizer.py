@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from clip_medical.config import Config
 
 WHOLE = 0.1
-"""Learning rate of a weight that is trained whole, as a multiple of LoRA's (Biderman et al. 2024, arXiv 2405.09673)."""
+"""Learning rate of whole weights and biases, as a multiple of that of A (Biderman et al. 2024, arXiv 2405.09673)."""
 
 
 class Optimizer:
@@ -23,14 +23,17 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: Config, steps: int, scaled: bool = False) -> None:
         """model: a CLIPModel; steps: length of the schedule; scaled: whether to scale the loss, as fp16 needs."""
         self.logit_scale: nn.Parameter = model.logit_scale  # type: ignore[assignment]
-        rates: dict[float, list[nn.Parameter]] = {}
+        parts: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
         for name, p in model.named_parameters():
             if p.requires_grad and p is not self.logit_scale:
+                is_b, whole = name.endswith("lora_B"), ".trained_" in name
+                vision = config.vision_lr != 1 and name.startswith("vision_model.")
                 # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B starts at zero and has further to go
-                rate = config.lr * (config.lora_plus if name.endswith("lora_B") else 1)
-                rate *= config.vision_lr if name.startswith("vision_model.") else 1
-                rates.setdefault(rate * (WHOLE if ".trained_" in name else 1), []).append(p)
-        groups: list[dict[str, Any]] = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
+                rate = config.lr * (config.lora_plus if is_b else 1) * (config.vision_lr if vision else 1)
+                # no weight decay: it would pull W' to zero, not to W
+                options = {"lr": WHOLE * rate, "weight_decay": 0.0} if whole else {"lr": rate}
+                parts.setdefault((is_b, vision, whole), {"params": [], **options})["params"].append(p)
+        groups = [parts[key] for key in sorted(parts)]
         if self.logit_scale.requires_grad:
             groups.append({"params": [self.logit_scale], "lr": config.logit_scale_lr, "weight_decay": 0.0})
         warmup = max(1, round(config.warmup * steps))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from clip_medical.config import Config
 from clip_medical.data.batches import Batch, Epoch, Pairs, batches
-from clip_medical.encoder import Sample
 from clip_medical.errors import UserError
 from clip_medical.evaluation.encode import validation_recall
 from clip_medical.model import Clip
@@ -72,11 +71,7 @@ class Trainer:
         clip, pairs = self.clip, self.train_pairs
         clip.model.train()
         with explain_out_of_memory(self):
-            # to compare the encoders on: captions from the shortest to the longest, one of them twice, and two images
-            rows = pairs.lengths.argsort()[torch.linspace(0, len(pairs) - 1, 7).long()]
-            rows = torch.cat([rows, rows[3:4]])
-            sample = Sample(clip.normalised(pairs.pixels[rows[:2]]), pairs.tokens[rows], pairs.lengths[rows])
-            choice = clip.encoder_choice(sample)
+            choice = clip.encoder_choice()
             print(f"Encoder  {choice.encoder.name}: {choice.reason}")
             resumed = self.config.resume and self._resume()
             if not resumed:

@@ -44,21 +44,21 @@ def test_index_add_and_query(
 
 
 @pytest.mark.slow
-def test_processes_share_the_images(tmp_path: Path) -> None:
+def test_processes_share_the_images(finished: Path, tmp_path: Path) -> None:
     """Catches images that no process of torchrun encodes, or two; images found twice; and lines printed by each."""
     images = tmp_path / "images"
     images.mkdir()
     for row in range(6):
         phantom(5, "other", row).image.save(images / f"{row}.png")
     phantom(5, "other", 0).image.save(images / "9.png")  # the same image, in the share of the other process
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    flags = ["experiments.search", "--model", "tiny-clip", "--output", str(tmp_path), "--add", str(images)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+    flags = ["experiments.search", "--run", str(finished), "--output", str(tmp_path), "--add", str(images)]
     query = ["--image", str(images / "4.png"), "--k", "9"]
     for added, known in ((6, 0), (0, 6)):
         run = subprocess.run([*torchrun, *flags, *query], capture_output=True, text=True, check=True)
         assert f"{added} images added, {known} already indexed, 1 duplicates, 0 unreadable" in run.stdout
         assert run.stdout.count("holds 6 images") == 1
-        hits = results(tmp_path, "search")["results"]["hits"]["unadapted"]
+        hits = results(tmp_path, "search")["results"]["hits"]["adapted"]
         assert hits[0]["name"] == "4.png" and {hit["name"] for hit in hits} <= {f"{row}.png" for row in range(10)}
         assert len(hits) == 6
     assert {file.stem[-2:] for file in (tmp_path / "index").glob("part-*.parquet")} == {"-0", "-1"}

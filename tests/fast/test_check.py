@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clip_medical import load_clip
-from clip_medical.encoder import Sample
 from clip_medical.errors import UserError
 from clip_medical.model import Clip
 from lora import BiasLoRALinear, DoRALinear, LoRALinear, adapter_parameters, disabled, inject
@@ -79,7 +78,7 @@ def test_the_reference_takes_over_and_the_reason_is_named(reason: str) -> None:
     assert choice.encoder.name == "reference" and reason in choice.reason
     clip.requested_encoder = "fast"
     with pytest.raises(UserError, match="--encoder fast is not possible"):
-        clip.encoder_choice(choice_sample(clip))
+        clip.encoder_choice()
 
 
 @pytest.mark.parametrize("layer", [LoRALinear, BiasLoRALinear, DoRALinear])
@@ -88,11 +87,6 @@ def test_all_layers_of_lora_run_in_the_fast_encoder(layer: type[LoRALinear]) -> 
     clip = load_clip()
     inject(clip.model, layer=layer, modules_to_save=["visual_projection", "text_projection"])
     assert clip.encoder_choice().encoder.name == "fast", clip.encoder_choice().reason
-
-
-def choice_sample(clip: Clip) -> Sample:
-    ids, lengths = clip.processor.tokens(["CT of the chest", "CT of the head", "knee"])
-    return Sample(torch.randn(3, 3, clip.processor.image_size, clip.processor.image_size), ids, lengths)
 
 
 def test_an_edit_of_the_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,10 @@ def test_steps_train_the_copies_alone() -> None:
         ({"modules_to_save": ["hed"]}, "matches \\['hed'\\]"),
         ({"modules_to_save": [""]}, "the model is itself the layer|matches"),
         ({"targets": ["head"], "modules_to_save": ["q_proj"], "exclude": ["head"]}, "matches \\['head'\\]"),
+        ({"targets": ["head", "q_proj"], "modules_to_save": ["head"]}, "matches \\['head'\\]"),
+        ({"targets": "all-linear", "modules_to_save": ["q_proj", "v_proj", "head"]}, "matches"),
+        ({"modules_to_save": ["all-linear"]}, "matches \\['all-linear'\\]"),
+        ({"targets": ["q_proj", "all-linear"]}, "matches \\['all-linear'\\]"),
     ],
 )
 def test_names_that_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -192,10 +196,42 @@ def test_a_whole_layer_at_another_strength_is_not_saved(tmp_path: Path) -> None:
     """Catches a file that is not what was measured."""
     net = adapted()
     net.head.strength = 0.5
-    with pytest.raises(LoRAError, match="with strength 1"):
+    with pytest.raises(LoRAError, match="one set for LoRA, strength 1"):
         save_adapter(net, tmp_path)
     remove(net)
     head = FullLinear(net.head)
     net.head = head
     with pytest.raises(LoRAError, match="expected one set"):
+        save_adapter(net, tmp_path)
+
+
+def test_a_name_that_ends_like_another_is_not_saved(tmp_path: Path) -> None:
+    """Catches a file in which PEFT finds another layer to be whole, and which nobody can read back."""
+    net = make()
+    net.aux_head = nn.Linear(5, 5)
+    inject(net, rank=2, modules_to_save=["head"])
+    with pytest.raises(LoRAError, match="found \\['head'\\] trained whole"):
+        save_adapter(net, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bias_beyond_half_precision_is_not_merged() -> None:
+    """Catches inf in a merged bias."""
+    net = make().half()
+    inject(net, layer=BiasLoRALinear)
+    net.q_proj.trained_bias.data[0] = 7e4
+    with pytest.raises(LoRAError, match="NaN or inf in the merged torch.float16"):
+        merged(net.q_proj)
+
+
+def test_a_subclass_is_not_saved_as_a_whole_layer(tmp_path: Path) -> None:
+    """Catches a forward of one's own that reads back as another one."""
+
+    class Doubled(FullLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    net = adapted()
+    net.head = Doubled(net.head.base)
+    with pytest.raises(LoRAError, match="Doubled.*expected one set"):
         save_adapter(net, tmp_path)

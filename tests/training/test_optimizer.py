@@ -145,6 +145,23 @@ def test_a_whole_weight_has_a_tenth_of_the_rate() -> None:
         assert moved[name] == pytest.approx(1e-4, rel=1e-2)
 
 
+def test_the_order_of_the_parameters_does_not_depend_on_the_rate() -> None:
+    """Catches groups by learning rate: 10 * 0.1 * lr is lr for some rates, and a resumed run would mix up moments."""
+
+    def tower_first(lr: float) -> Optimizer:
+        model = nn.Module()
+        model.logit_scale = Model().logit_scale
+        model.text_model, model.vision_model = Model(), Model()
+        return make(model=model, lr=lr, vision_lr=0.1, lora_plus=10.0)  # type: ignore[arg-type]
+
+    a, b = tower_first(1e-2), tower_first(2e-3)
+    backward(a)
+    a.step(1.0)
+    b.load_state_dict(a.state_dict())
+    assert [len(group["params"]) for group in a.adamw.param_groups] == [2, 2, 1, 1, 1]
+    assert all(map(torch.equal, a.weights(), b.weights()))
+
+
 def test_every_trainable_parameter_is_optimized() -> None:
     """Catches a parameter that a subclass of LoRALinear adds, or a weight that was unfrozen, left out."""
     model = Model()
