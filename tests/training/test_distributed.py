@@ -44,7 +44,7 @@ def test_two_processes_train_and_measure_as_one(tmp_path: Path) -> None:
     runs = [start(measured_training, tmp_path / str(size), config, world_size=size) for size in (1, 2)]
     assert [finish(started) for started in runs] == [[0], [0, 0]]
     reports = [(tmp_path / name / "recall.json").read_text() for name in ("1", "2")]
-    assert reports[0] == reports[1] and json.loads(reports[0])["pool"] == 22
+    assert reports[0] == reports[1] and json.loads(reports[0])["image_to_text"]["pool"] == 22
     one, two = (torch.load(tmp_path / name / STATE, weights_only=True) for name in ("1", "2"))
     assert relative_difference(two["optimizer"]["parameters"], one["optimizer"]["parameters"]) < 1e-5
     assert len(two["random"]) == 2 and not torch.equal(*(state[0] for state in two["random"]))  # other dropout masks
