@@ -267,7 +267,7 @@ def test_resume_refuses_another_configuration(
     capsys.readouterr()
     stopped: list[str | Path] = [*SMALL, "--steps", "4", "--output", tmp_path / "run", "--resume"]
     assert run(monkeypatch, *stopped, "--rank", "4") == 2
-    assert "--rank 8, not 4" in capsys.readouterr().err
+    assert "--rank 8, found 4" in capsys.readouterr().err
     config = tmp_path / "run" / "config.json"
     original = config.read_text()
     config.write_text(original.replace('"lr": 0.01', '"lr": 0.001'))
