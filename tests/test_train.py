@@ -272,10 +272,10 @@ def test_resume_refuses_another_configuration(
     original = config.read_text()
     config.write_text(original.replace('"lr": 0.01', '"lr": 0.001'))
     assert run(monkeypatch, *stopped) == 2  # without --lr, its default would take over unseen
-    assert "--lr 0.001, not 0.01" in capsys.readouterr().err
+    assert "--lr 0.001, found 0.01" in capsys.readouterr().err
     config.write_text(original.replace('"vision_lr": 0.1,', ""))
     assert run(monkeypatch, *stopped) == 2  # a run of a version that had no such flag
-    assert "--vision-lr 1.0, not 0.1" in capsys.readouterr().err
+    assert "--vision-lr 1.0, found 0.1" in capsys.readouterr().err
     config.write_text(original)
     state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt")
     for what in ("training pairs", "base model"):
