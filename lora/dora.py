@@ -8,8 +8,7 @@ leaves the direction to B A (section 4.1, with rows for the paper's columns, as 
 
     y = m * ((W + D) x) / |W + D| + b          D = scaling * B A,   |.| the length of each row, m starts at |W|
 
-At the start B = 0, so that D = 0, m / |W| = 1 and y is the base's. What it costs: out more numbers per layer, and the
-lengths |W + D| in each step, for which W + D is formed once.
+At the start D = 0 and y is the base's. The price: out more numbers per layer, and W + D formed once in each step.
 """
 
 from typing import Any

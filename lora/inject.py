@@ -58,13 +58,13 @@ def inject(
     named, excluded, saved = ([x] if isinstance(x, str) else x for x in (targets, exclude, modules_to_save))
     whole = [name for name, site in plan.items() if site[1] is FullLinear]
     low_rank = [name for name in plan if name not in whole]
-    every = make_plan(model, layer, targets, settings, (), ranks, alphas, ())
     entries = [*ranks, *alphas, *(() if targets == "all-linear" else named)]
+    every = make_plan(model, layer, targets, settings, (), ranks, alphas, ())
     places = [(entries, low_rank), (saved, whole), (excluded, every)]
     idle = [entry for entries, names in places for entry in entries if not any(picks(entry, name) for name in names)]
     idle += [prefix[:-1] for prefix in prefixes if not any(f"{name}.".startswith(prefix) for name in low_rank)]
     if idle or not low_rank:
-        what = f"{sorted(idle)} (targets {targets!r}, within {within!r})"
+        what = f"{sorted(idle)} (targets {targets!r}, within {within!r}, whole {modules_to_save!r})"
         raise LoRAError(f"nothing in {type(model).__name__} matches {what}: look into model.named_modules()")
     check_plan(model, plan)
     for name, (base, _, numbers) in plan.items():
@@ -186,13 +186,15 @@ def own_parameters(layer: LoRALinear) -> dict[str, nn.Parameter]:
 
 
 class ParameterCount(NamedTuple):
+    """Numbers of parameters, shared ones counted once."""
+
     trainable: int  # with requires_grad
     total: int  # of the base model, adapters not included
     percent: float  # 100 * trainable / total
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Shared ones count once. ViT-B/32, r = 8 on q_proj and v_proj of both towers: 491,520 of 151,277,313, 0.32 %."""
+    """CLIP ViT-B/32, r = 8 on q_proj and v_proj of both towers: trainable 491,520, total 151,277,313, percent 0.32."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = sum(p.numel() for layer in lora_layers(model).values() for p in own_parameters(layer).values())
     total = sum(p.numel() for p in model.parameters()) - added
